@@ -1,0 +1,142 @@
+"""A stage's output folder: named by a fingerprint, complete exactly when its `manifest.json` exists.
+
+A folder without a manifest is work in progress: the stage that owns it may go on with what it finds there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stage's folder, and what its manifest says."""
+
+    folder: Path
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of a complete artifact. Raises InputError if it is absent or unreadable."""
+        path = self.folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: this stage has not finished; run the experiment again") from None
+        except ValueError as error:
+            raise InputError(f"{path}: damaged ({error}); delete {self.folder} and run again") from None
+        assert isinstance(manifest, dict)
+        return manifest
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage reported about its result."""
+        facts = self.manifest["facts"]
+        assert isinstance(facts, dict)
+        return facts
+
+    @property
+    def model_path(self) -> Path | str:
+        """Where the model that this stage made (or names) lies: inside the folder, elsewhere, or a hub id.
+
+        A stage that has a model says so in its facts: `"model"` is a path relative to its folder, an absolute path, or a hub id.
+        """
+        model: str = self.facts["model"]
+        inside = self.folder / model
+        return inside if inside.exists() else model
+
+    def input(self, role: str) -> Artifact:
+        """The artifact that this one was made from in the role `role` (stages of a run lie side by side)."""
+        return Artifact(self.folder.parent / self.manifest["inputs"][role])
+
+    def commit(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest, last and by rename: from now on the artifact is complete."""
+        write_json(self.folder / MANIFEST, manifest)
+
+
+def fingerprint(stage: str, version: int, recipe: dict[str, Any], inputs: dict[str, str]) -> str:
+    """12 hex digits that name a result: the stage, its version, its own settings and its inputs' fingerprints."""
+    text = json.dumps([stage, version, recipe, inputs], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON: whole or not at all, and on the disk when this returns."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`: whole or not at all, and on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_SMALL_FILE_BYTES = 8 << 20
+_SAMPLES = 256
+_SAMPLE_BYTES = 4096
+
+
+def content_digest(path: Path) -> str:
+    """A digest of a file's or a folder's content, wherever it lies.
+
+    Files up to 8 MiB are read whole; of larger ones (model weights) the size, 256 evenly spaced pages of 4 KiB, the
+    first and the last MiB, so that planning a 7B experiment reads megabytes, not gigabytes.
+    """
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{'' if file == path else file.relative_to(path)}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= _SMALL_FILE_BYTES:
+                digest.update(stream.read())
+            else:
+                _sample(stream, size, digest)
+    return digest.hexdigest()[:16]
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _sample(stream: Any, size: int, digest: Any) -> None:
+    digest.update(stream.read(1 << 20))
+    for i in range(_SAMPLES):
+        stream.seek(i * (size - _SAMPLE_BYTES) // _SAMPLES)
+        digest.update(stream.read(_SAMPLE_BYTES))
+    stream.seek(size - (1 << 20))
+    digest.update(stream.read(1 << 20))

@@ -1,0 +1,340 @@
+"""What to run: an experiment's YAML, checked field by field, with `--set a.b=c` on top.
+
+Paths in the YAML are relative to the YAML's own folder; paths in `--set` are relative to where you are.
+Fields marked `placement` say how or where to run, never what comes out: they do not enter a stage's fingerprint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import InputError
+
+Method = Literal["full_ft", "lora", "flearn_ft", "flearn_lora", "flearn_lora_ft"]
+Protocol = Literal["token", "probability", "generation"]
+
+_PLACEMENT: dict[str, Any] = {"placement": True}
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields that decide the result, as plain JSON values; `placement` fields left out."""
+        return {
+            name: _plain(getattr(self, name))
+            for name, field in type(self).model_fields.items()
+            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("placement"))
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.recipe()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+class TinyModel(Section):
+    """A randomly initialised model and its own tokenizer, made on the spot from the facts' text."""
+
+    architecture: Literal["llama", "gpt2", "bloom"] = "llama"
+    hidden_size: int = Field(128, gt=0)
+    num_layers: int = Field(4, gt=0)
+    num_heads: int = Field(4, gt=0)
+    vocab_size: int = Field(2048, ge=300)
+    """Upper bound for the byte-level BPE tokenizer trained on the facts."""
+
+
+class Model(Section):
+    """The base model: exactly one of `path` and `tiny`."""
+
+    path: str | None = Field(None, json_schema_extra=_PLACEMENT)
+    """A Hugging Face model folder (its content enters the fingerprint), or a hub id such as `meta-llama/Llama-2-7b-hf`."""
+    revision: str | None = None
+    """The hub revision (branch, tag or commit) of `path`."""
+    tiny: TinyModel | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Model:
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("give exactly one of model.path and model.tiny")
+        return self
+
+
+class Facts(Section):
+    """The facts to forget and to learn."""
+
+    path: str | list[str] = Field(json_schema_extra=_PLACEMENT)
+    """A file, a hub data set id, or [old file, new file] for a pair of Alpaca files. Its content enters the fingerprint."""
+    format: Literal["auto", "flearn", "zsre", "counterfact", "rome", "knowedit", "mquake", "qaedit", "alpaca"] = "auto"
+    old_answer: Literal["pred", "answers"] = "pred"
+    """ZsRE only: which field is the old answer (the paper takes `pred`, EasyEdit `answers[0]`)."""
+    limit: int | None = Field(None, gt=0)
+    """Keep the first `limit` facts that survive filtering."""
+    conflicts: Literal["drop", "keep_first", "error"] = "drop"
+    """What to do with facts that contradict each other."""
+
+
+class Prompt(Section):
+    """How a question becomes the model's input, the same in training and in evaluation."""
+
+    template: str = "plain"
+    """`plain`, `alpaca`, `chat` (the tokenizer's own), or your own text with `{prompt}` in it."""
+    add_bos: bool | None = None
+    """Whether a BOS token opens the input; None: as the tokenizer does by itself."""
+
+
+class Training(Section):
+    """One fine-tuning. The arithmetic depends on `batch_size`, never on ranks or `micro_batch_size`."""
+
+    epochs: int = Field(3, gt=0)
+    lr: float = Field(5e-5, gt=0)
+    batch_size: int = Field(64, gt=0)
+    """Records per optimizer step, over all ranks and accumulation steps together."""
+    micro_batch_size: int = Field(4, gt=0, json_schema_extra=_PLACEMENT)
+    """Records per forward pass of one rank."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Weights and activations of the forward pass; masters and moments are always fp32."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradient clipping; 0 switches it off."""
+    max_length: int = Field(512, gt=1)
+    """Longest prompt + answer in tokens; a longer record is an error, never cut in silence."""
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 2}})
+    """A DeepSpeed config, or the path of its JSON file; "auto" values are filled in."""
+    gradient_checkpointing: bool = Field(False, json_schema_extra=_PLACEMENT)
+    checkpoint_every_steps: int = Field(200, gt=0, json_schema_extra=_PLACEMENT)
+    """Optimizer steps between two checkpoints to resume from."""
+
+
+class Teach(Training):
+    """Makes the *original* model: fine-tuning on the old facts, so that there is something to forget (paper, section 4)."""
+
+    facts: Literal["old", "old_and_locality"] = "old"
+    """`old_and_locality` also teaches the unrelated questions, for a model that knows nothing yet."""
+
+
+class LoraTraining(Training):
+    """Fine-tuning of a LoRA adapter (PEFT)."""
+
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | None = None
+    """Names of linear modules; None: the attention's query and value projections, as in the paper."""
+
+
+class Forget(Section):
+    """theta' = theta - scale * (theta_tuned - theta)."""
+
+    scale: float | dict[Method, float] = 0.3
+    """The paper's lambda: one number, or one per method."""
+    dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    max_shard_size: str = Field("2GB", json_schema_extra=_PLACEMENT)
+
+
+class Evaluate(Section):
+    """Which scores to take, on every state of the model."""
+
+    protocols: list[Protocol] = Field(default_factory=lambda: ["token", "probability", "generation"], min_length=1)
+    batch_size: int = Field(32, gt=0, json_schema_extra=_PLACEMENT)
+    max_new_tokens: int = Field(24, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 halves the memory, but rounds a small subtraction away: the forgotten model then scores like the original."""
+
+
+class Cluster(Section):
+    """Where to run."""
+
+    ranks: int = Field(1, gt=0)
+    """Processes (one GPU each, where there are any)."""
+    runs_dir: str = "runs"
+    """Folder that holds every run's folder; relative to where you are."""
+
+
+class Experiment(Section):
+    """One experiment: a base model, facts, and the methods to compare on them."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = 0
+    methods: list[Method] = Field(min_length=1)
+    model: Model
+    facts: Facts
+    prompt: Prompt = Prompt()
+    teach: Teach | None = None
+    """None: the base model is taken as it is for the original model."""
+    full: Training = Training()
+    """Full-parameter fine-tuning, on the old and on the new facts."""
+    lora: LoraTraining = LoraTraining()
+    forget: Forget = Forget()
+    evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder that holds everything this experiment makes."""
+        return Path(self.cluster.runs_dir).absolute() / self.name
+
+    def scale_for(self, method: str) -> float:
+        """The paper's lambda for `method`."""
+        if not isinstance(self.forget.scale, dict):
+            return self.forget.scale
+        if method not in self.forget.scale:
+            raise InputError(f"forget.scale: no value for {method}; give one number, or one for each F-Learning method")
+        return self.forget.scale[method]  # type: ignore[index]
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Experiment:
+    """Read and check the experiment at `path`, with `KEY=VALUE` overrides applied.
+
+    Raises InputError naming the file and the field, with the nearest right name for an unknown key.
+    """
+    values = _read_yaml(path)
+    folder = path.absolute().parent
+    _resolve_paths(values, folder)
+    changed: dict[str, Any] = {}
+    for override in overrides or []:
+        key, value = _parse_override(override)
+        _assign(changed, key, value)
+    _resolve_paths(changed, Path.cwd())
+    _merge(values, changed)
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_describe(error)}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected an experiment's fields, found {type(values).__name__}")
+    return values
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML 1.1 reads 5e-5 as a string; experiments are full of such numbers."""
+
+
+_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {text}: expected KEY=VALUE, for example --set forget.scale=0.5")
+    try:
+        return key, yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text}: {' '.join(str(error).split())}") from None
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {key}: {parent} was already set to a single value")
+    values[last] = value
+
+
+def _merge(values: dict[str, Any], changed: dict[str, Any]) -> None:
+    """Overrides replace single values and extend sections; a DeepSpeed config or a list is replaced as a whole."""
+    for key, value in changed.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Make local paths absolute, and replace the path of a DeepSpeed JSON by its content."""
+    for name in ("teach", "full", "lora"):
+        section = values.get(name)
+        if isinstance(section, dict) and isinstance(section.get("deepspeed"), str):
+            section["deepspeed"] = _read_deepspeed(folder / section["deepspeed"], f"{name}.deepspeed")
+    facts = values.get("facts")
+    if isinstance(facts, dict) and isinstance(facts.get("path"), (str, list)):
+        path = facts["path"]
+        facts["path"] = [_local(p, folder) for p in path] if isinstance(path, list) else _local(path, folder)
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        model["path"] = _local(model["path"], folder)
+
+
+def _local(path: Any, folder: Path) -> Any:
+    """`path` made absolute if it names something on this disk (or plainly means to), else unchanged: a hub id."""
+    if not isinstance(path, str):
+        return path
+    expanded = Path(path).expanduser()
+    local = folder / expanded
+    means_disk = expanded.is_absolute() or path.startswith((".", "~")) or expanded.suffix in (".json", ".jsonl", ".yaml", ".csv")
+    return str(Path(os.path.normpath(local))) if means_disk or local.exists() else path
+
+
+def _read_deepspeed(path: Path, field: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{field}: no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{field}: {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{field}: {path}: expected a JSON object")
+    return content
+
+
+def _describe(error: ValidationError) -> str:
+    """Every problem that pydantic found, on one line."""
+    return "; ".join(_describe_one(problem) for problem in error.errors())
+
+
+def _describe_one(problem: Any) -> str:
+    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", "dict[", "list["))]
+    field = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
+        parents = "".join(f"{part}." for part in location[:-1])
+        return f"{field}: unknown key" + (f"; did you mean {parents}{near[0]}?" if near else "")
+    if problem["type"] == "missing":
+        return f"{field}: missing; this field is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = json.dumps(problem["input"], default=str)
+    shown = f" (given: {given})" if field and len(given) < 80 else ""
+    return f"{field}: {message}{shown}" if field else message
+
+
+def _known_keys(location: list[Any]) -> list[str]:
+    section: type[BaseModel] | None = Experiment
+    for part in location:
+        field = section.model_fields.get(part) if section else None
+        if field is None:
+            return []
+        section = next((c for c in _candidates(field.annotation) if isinstance(c, type) and issubclass(c, Section)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _candidates(annotation: Any) -> list[Any]:
+    return [annotation, *getattr(annotation, "__args__", ())]

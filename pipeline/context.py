@@ -1,0 +1,127 @@
+"""What a stage may know about where it runs: its rank among its fellows, its device, and whether to stop.
+
+With one rank nothing is distributed, and every collective below is a no-op.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger("flearn")
+
+
+class Preempted(Exception):
+    """The run was asked to stop; what was done so far is saved, and the same command goes on from there."""
+
+
+@dataclass
+class Context:
+    """One process's place in a run. `group` is a gloo process group for control messages, or None with one rank."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: str = "cpu"
+    group: Any = None
+    _stop_signal: int | None = field(default=None, init=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def listen(self) -> None:
+        """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop at the next safe point; a second one stops at once."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._stop_signal = number
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop. Collective: every rank calls it at the same point and gets the same answer."""
+        if self.group is None:
+            return self._stop_signal is not None
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor([int(self._stop_signal is not None)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.group is not None:
+            import torch.distributed as dist
+
+            dist.barrier(group=self.group)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value` (picklable), on every rank."""
+        if self.group is None:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    @contextmanager
+    def progress(self, description: str, total: int, unit: str = "") -> Iterator[Progress]:
+        """A bar on rank 0's terminal; silent on other ranks and where there is no terminal."""
+        if not self.is_main or not sys.stderr.isatty():
+            yield Progress(None, None)
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + " {task.fields[note]}"))
+        with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+            yield Progress(bar, bar.add_task(description, total=total, note=""))
+
+
+@dataclass
+class Progress:
+    """Where a loop reports that it moved on."""
+
+    _bar: Any
+    _task: Any
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """`amount` more of the total is done; `note` is shown beside the bar (a loss, a rate)."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=amount, note=note)
+
+
+def peak_memory_bytes() -> int:
+    """This process's highest resident memory so far (VmHWM), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/self/status has no VmHWM")
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the peak anew, so that each stage in a process has its own figure (Linux: clear_refs 5)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        log.debug("this kernel does not reset VmHWM: peaks are those of the whole process")
+
+
+def device_for(local_rank: int) -> str:
+    """This rank's device: its GPU where there is one, else the CPU."""
+
+    import torch
+
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,25 @@
+"""The one exception that means "the caller's mistake": printed as one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import errno
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line that names the file, field or tensor, and says what to do."""
+
+
+def full_disk_message(error: BaseException) -> str | None:
+    """One line for a full disk, wherever in the chain of causes it hides; None for any other error.
+
+    torch and safetensors wrap ENOSPC in exceptions of their own, so their texts are read too.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {seen.filename}" if seen.filename else ""
+            return f"no space left on the disk{where}: free some space, or set cluster.runs_dir to a larger disk, and run again"
+        if "No space left on device" in str(seen):
+            return "no space left on the disk: free some space, or set cluster.runs_dir to a larger disk, and run again"
+        seen = seen.__cause__ or seen.__context__
+    return None
