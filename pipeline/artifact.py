@@ -63,6 +63,10 @@ class Artifact:
         """The artifact that this one was made from in the role `role` (stages of a run lie side by side)."""
         return Artifact(self.folder.parent / self.manifest["inputs"][role])
 
+    def retract(self) -> None:
+        """Make the artifact incomplete again, so that its stage runs once more over what is there."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+
     def commit(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, last and by rename: from now on the artifact is complete."""
         write_json(self.folder / MANIFEST, manifest)

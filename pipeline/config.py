@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -151,7 +151,7 @@ class Forget(Section):
 class Evaluate(Section):
     """Which scores to take, on every state of the model."""
 
-    protocols: list[Protocol] = Field(default_factory=lambda: ["token", "probability", "generation"], min_length=1)
+    protocols: list[Protocol] = Field(["token", "probability", "generation"], min_length=1)
     batch_size: int = Field(32, gt=0, json_schema_extra=_PLACEMENT)
     max_new_tokens: int = Field(24, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -325,16 +325,13 @@ def _describe_one(problem: Any) -> str:
 
 
 def _known_keys(location: list[Any]) -> list[str]:
-    section: type[BaseModel] | None = Experiment
+    section: type[Section] = Experiment
     for part in location:
-        field = section.model_fields.get(part) if section else None
+        field = section.model_fields.get(part)
         if field is None:
             return []
-        section = next((c for c in _candidates(field.annotation) if isinstance(c, type) and issubclass(c, Section)), None)
-        if section is None:
+        inner = [c for c in (field.annotation, *get_args(field.annotation)) if isinstance(c, type) and issubclass(c, Section)]
+        if not inner:
             return []
+        section = inner[0]
     return list(section.model_fields)
-
-
-def _candidates(annotation: Any) -> list[Any]:
-    return [annotation, *getattr(annotation, "__args__", ())]

@@ -1,0 +1,39 @@
+# make quickstart: set up and run the whole thing; make test: every test; make check: format, lint, types; make bench: speed.
+# Everything happens inside .venv/; the tested versions of all dependencies are in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test test-unit check bench setup clean
+
+quickstart: $(READY)
+	$(BIN)/flearn run configs/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/pytest
+
+test-unit: $(READY)
+	$(BIN)/pytest tests/unit
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	@for program in tests/bench/*.py; do $(BIN)/python $$program || exit 1; done
+
+setup: $(READY)
+
+# torch comes first and by its exact version: left to resolve it, pip may pick another build, and deepspeed's setup looks for it.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "flearn needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

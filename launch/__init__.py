@@ -1,0 +1,1 @@
+"""Where it runs: the command line, and the ways to start a run's processes. Imports `pipeline/`, never the reverse."""

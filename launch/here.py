@@ -1,0 +1,127 @@
+"""Run a plan as processes of this machine: one a rank, env:// rendezvous; one that dies ends them all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from launch.outcome import STOPPED
+
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.05
+
+
+def run(plan: Path, ranks: int, lock: int) -> int:
+    """Run the pending steps of the plan file with `ranks` processes; returns the exit code of the first that failed, or 0.
+
+    `lock` is a descriptor that the processes inherit. A signal asks them to save and stop; the code is then 128 + its number.
+    """
+    port = _free_port()
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    processes = [_start(plan, rank, ranks, port, lock) for rank in range(ranks)]
+    try:
+        code = _wait(processes, received, plan.parent)
+    finally:
+        _kill(processes)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code == STOPPED:
+        print("flearn: stopped; what is done is kept, and the same command goes on from there", file=sys.stderr)
+        return 128 + received[0] if received else STOPPED
+    return code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _start(plan: Path, rank: int, ranks: int, port: int, lock: int) -> subprocess.Popen[bytes]:
+    """Start one rank. Rank 0 keeps the terminal; the others write to logs/rank<r>.log."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "launch.worker", str(plan)]
+    if rank == 0:
+        return subprocess.Popen(command, env=environment, pass_fds=[lock], preexec_fn=_die_with_parent, stdin=subprocess.DEVNULL)
+    log = log_of_rank(plan.parent, rank)
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, env=environment, pass_fds=[lock], preexec_fn=_die_with_parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+
+
+def _die_with_parent() -> None:
+    """A killed launcher leaves no ranks behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def log_of_rank(run_dir: Path, rank: int) -> Path:
+    """What a rank other than 0 printed."""
+    return run_dir / "logs" / f"rank{rank}.log"
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], run_dir: Path) -> int:
+    """Wait until all ranks succeed or one fails; signals that arrive meanwhile are passed on."""
+    num_forwarded = 0
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = {rank: code for rank, code in enumerate(codes) if code}
+        if failed:
+            return _culprit(failed, run_dir)
+        if None not in codes:
+            return 0
+        for number in received[num_forwarded:]:
+            for process in processes:
+                process.send_signal(number)
+        num_forwarded = len(received)
+        time.sleep(_POLL_SECONDS)
+
+
+def _culprit(failed: dict[int, int], run_dir: Path) -> int:
+    """The exit code to report, and the end of the failed rank's log if it did not have the terminal.
+
+    A rank that lost its peer fails too, a moment later; a code of our own (a mistake, a stop) explains more than such a crash.
+    """
+    rank, code = min(failed.items(), key=lambda item: (item[1] not in (2, STOPPED), item[0]))
+    if code != STOPPED and rank != 0:
+        lines = log_of_rank(run_dir, rank).read_text(encoding="utf-8", errors="replace").splitlines()
+        own = [line for line in lines if line.startswith("flearn: ")]
+        shown = own[-1:] if code == 2 and own else [f"flearn: rank {rank} failed; the end of its log:", *lines[-20:]]
+        print("\n".join(shown), file=sys.stderr)
+    if code < 0:
+        print(f"flearn: rank {rank} was killed by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
+        return 128 - code
+    return code
+
+
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    for process in processes:
+        process.wait()

@@ -1,0 +1,102 @@
+"""`flearn run`: plan an experiment, run what is not yet done, publish the report."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import config, stages
+from pipeline.artifact import write_json
+from pipeline.errors import InputError
+from pipeline.stages import Plan
+
+PLAN = "plan.json"
+
+
+def add_parser(commands: Any) -> None:
+    """Add `run` to the command line."""
+    parser = commands.add_parser("run", help="run what is not yet done of an experiment")
+    parser.add_argument("config", type=Path, help="the experiment's YAML")
+    parser.add_argument("--on", choices=["here"], default="here", help="where: here = as processes of this machine (default)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a field, such as forget.scale=0.5"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.set_defaults(handler=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    experiment = config.load(arguments.config, arguments.overrides)
+    plan = stages.plan(experiment)
+    if arguments.dry_run:
+        print(describe(plan))
+        return 0
+    from launch import report
+
+    with exclusive(plan.run_dir) as lock:
+        write_json(plan.run_dir / PLAN, plan.to_json())
+        pending = list(plan.pending())
+        if pending:
+            from launch import here
+
+            print(f"{plan.run_dir}: {len(pending)} of {len(plan.steps)} steps to do", flush=True)
+            code = here.run(plan.run_dir / PLAN, experiment.cluster.ranks, lock)
+            if code:
+                return code
+        else:
+            print(f"{plan.run_dir}: all {len(plan.steps)} steps are done; nothing to run", flush=True)
+        report.publish(plan)
+        report.show(plan)
+    return 0
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text: one line a step, with its state."""
+    pending = {step.id for step in plan.pending()}
+    width = max(len(id) for id in plan.steps)
+    lines = [f"{plan.run_dir}: {len(plan.steps)} steps, {len(pending)} to do"]
+    for step in plan.steps.values():
+        lines.append(f"  {'to do' if step.id in pending else 'done '}  {step.id:<{width}}  {', '.join(step.methods) or 'all methods'}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[int]:
+    """Hold the run's lock; yields its descriptor, which child processes inherit and so keep for as long as one lives.
+
+    Raises InputError if another run is at work in the same folder.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"cannot write in {run_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{run_dir}: another run is at work here; wait for it, or use --set name=...") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_plan(run_dir: Path) -> Plan:
+    """The plan of the last `flearn run` in `run_dir`."""
+    import json
+
+    try:
+        value = json.loads((run_dir / PLAN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{run_dir}: no {PLAN} here; give the folder that `flearn run` printed") from None
+    except ValueError as error:
+        raise InputError(f"{run_dir / PLAN}: damaged ({error}); run the experiment again") from None
+    plan = Plan.from_json(value)
+    plan.run_dir = run_dir.absolute()  # a run's folder may have been moved
+    return plan

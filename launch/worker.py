@@ -1,0 +1,131 @@
+"""One rank of a run: joins its fellows, runs the pending steps of a plan with them, and leaves with an exit code.
+
+Started as `python -m launch.worker PLAN` with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+from launch.outcome import ERROR, FAILED, MISTAKE, STOPPED
+from pipeline.artifact import write_json
+from pipeline.context import Context, Preempted, device_for, log
+from pipeline.errors import InputError, full_disk_message
+from pipeline.run import run_step
+from pipeline.stages import Plan, Step
+
+
+def main(plan_path: Path) -> NoReturn:
+    """Run all pending steps, then end the process without Python's finalisation (see `_leave`)."""
+    plan = Plan.from_json(json.loads(plan_path.read_text(encoding="utf-8")))
+    plan.run_dir = plan_path.absolute().parent
+    context = _join()
+    context.listen()
+    code = _run_all(plan, context)
+    _leave(code, context)
+
+
+def _join() -> Context:
+    """Set up torch.distributed for this rank.
+
+    Control messages go over a gloo group of their own, which waits as long as a stage of rank 0 alone may take.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = device_for(local_rank)
+    if device != "cpu":
+        if local_rank >= torch.cuda.device_count():
+            print(f"flearn: {torch.cuda.device_count()} GPUs are visible: set cluster.ranks to at most that", file=sys.stderr)
+            os._exit(MISTAKE)
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=30))
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world_size > 1 else None
+    return Context(rank=rank, world_size=world_size, local_rank=local_rank, device=device, group=group)
+
+
+def _run_all(plan: Plan, context: Context) -> int:
+    pending: list[str] = context.share([step.id for step in plan.pending()])
+    for number, id in enumerate(pending, 1):
+        code = _run_one(plan, plan.steps[id], f"[{number}/{len(pending)}]", context)
+        if code:
+            return code
+        if number < len(pending) and context.should_stop():
+            return STOPPED
+    return 0
+
+
+def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
+    """Run one step, with the log of this rank in the step's folder; an error leaves error.json there for `flearn status`."""
+    folder = plan.artifact(step).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank{context.rank}.log", encoding="utf-8")
+    _log_to(handler, context)
+    log.info("%s %s %s", number, step.id, ", ".join(step.methods))
+    try:
+        run_step(plan, step, context)
+        (folder / ERROR).unlink(missing_ok=True)
+        return 0
+    except Preempted:
+        return STOPPED
+    except Exception as error:
+        return _report(error, folder, context)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _log_to(handler: logging.Handler, context: Context) -> None:
+    root = logging.getLogger()
+    if not root.handlers:
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        console.setLevel(logging.INFO if context.is_main else logging.WARNING)
+        console.addFilter(lambda record: record.name.startswith("flearn") or record.levelno >= logging.WARNING)
+        root.addHandler(console)
+        logging.getLogger("flearn").setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(handler)
+
+
+def _report(error: Exception, folder: Path, context: Context) -> int:
+    """Say what went wrong: one line for a mistake or a full disk, a traceback for a failure."""
+    mistake = str(error) if isinstance(error, InputError) else full_disk_message(error)
+    if mistake is not None:
+        print(f"flearn: {mistake}", file=sys.stderr, flush=True)
+    else:
+        log.error("%s", traceback.format_exc())
+    message = mistake or f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # on a full disk the line above has to do
+        write_json(folder / ERROR, {"rank": context.rank, "message": message, "log": f"rank{context.rank}.log"})
+    return FAILED if mistake is None else MISTAKE
+
+
+def _leave(code: int, context: Context) -> NoReturn:
+    """Flush, leave the process group, and exit at once.
+
+    After DeepSpeed work a process sometimes aborts inside Python's finalisation ("terminate called without an active
+    exception"), which would turn a finished run into a failed one.
+    """
+    import torch.distributed as dist
+
+    if code in (0, STOPPED):
+        context.barrier()
+        dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
