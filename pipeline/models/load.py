@@ -1,0 +1,115 @@
+"""The model that a stage made: its weights as a tensor source, its tokenizer, or the whole as a module that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.artifact import Artifact
+from pipeline.errors import InputError
+from pipeline.weights.source import TensorSource
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SLICE_ELEMENTS = 1 << 22
+"""Elements copied at a time: 16 MiB in fp32."""
+
+
+def model_folder(artifact: Artifact) -> Path:
+    """The Hugging Face folder whose config and tokenizer belong to `artifact`: its own, or that of the model it was tuned from."""
+    while artifact.facts["model_kind"] != "folder":
+        artifact = artifact.input("model")
+    folder = Path(artifact.model_path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: the model's folder has gone; put it back, or delete {artifact.folder} and run again")
+    return folder
+
+
+def open_weights(artifact: Artifact) -> TensorSource:
+    """The weights that `artifact` stands for, read in place: a folder's, an adapter's added to its base, or a ZeRO checkpoint's masters."""
+    from pipeline.weights.open import open_source
+
+    path = Path(artifact.model_path)
+    if artifact.facts["model_kind"] == "folder":
+        return open_source(path)
+    return open_source(path, base=open_weights(artifact.input("model")))
+
+
+def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of `artifact`'s model (answers are found by character offsets, which slow ones do not give)."""
+    from transformers import AutoTokenizer
+
+    folder = model_folder(artifact)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise InputError(f"{folder}: this model has no fast tokenizer (tokenizer.json); convert it with transformers first")
+    return tokenizer
+
+
+def load_model(artifact: Artifact, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `artifact`, ready to run, its weights in `dtype` on `device`.
+
+    Adapters arrive merged (in fp32, then rounded to `dtype`). Host memory holds the weights once at most.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if artifact.facts["model_kind"] == "folder":
+        placement = {} if device == "cpu" else {"device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(model_folder(artifact), dtype=dtype, **placement)
+    else:
+        model = _empty_model(model_folder(artifact), device, dtype)
+        source = open_weights(artifact)
+        try:
+            fill(model, source)
+        finally:
+            source.close()
+    return model.eval()
+
+
+def _empty_model(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose parameters hold whatever was in memory, but whose computed buffers (rotary frequencies) are right."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(folder)
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def fill(model: torch.nn.Module, source: TensorSource) -> None:
+    """Copy every tensor of `source` into `model`, slice by slice.
+
+    Raises InputError if a parameter of the model is not in the source, or has another shape there.
+    """
+    import torch
+
+    from pipeline.weights.names import align_names
+
+    targets = model.state_dict(keep_vars=True)
+    runtime_names = align_names(source, model)
+    filled = set()
+    with torch.no_grad():
+        for name, info in source.tensors.items():
+            if name not in runtime_names:
+                continue
+            target = targets[runtime_names[name]]
+            if tuple(target.shape) != info.shape:
+                raise InputError(f"{name}: shape {info.shape} in {source.kind}, but {tuple(target.shape)} in the model")
+            _copy(source, name, target.detach().view(-1))
+            filled.add(target.data_ptr())
+    missing = [name for name, target in targets.items() if target.data_ptr() not in filled]
+    if missing:
+        raise InputError(f"{source.kind}: no weights for {', '.join(missing)}")
+
+
+def _copy(source: TensorSource, name: str, flat: torch.Tensor) -> None:
+    for start in range(0, flat.numel(), _SLICE_ELEMENTS):
+        stop = min(start + _SLICE_ELEMENTS, flat.numel())
+        flat[start:stop].copy_(source.read(name, start, stop))

@@ -1,0 +1,143 @@
+"""A tiny, randomly initialised model with a tokenizer of its own, made on the spot from a list of texts.
+
+Its special tokens, ties and biases are those of the big model of its kind: Llama 2 opens with a BOS, has no pad token and
+an output head of its own; GPT-2 has one token for everything, Conv1D weights and tied embeddings; BLOOM has a pad token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.config import TinyModel
+from pipeline.errors import InputError
+from pipeline.facts.fact import Fact
+from pipeline.models.folder import write_folder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+_MAX_POSITIONS = 1024
+
+
+class _Specials(NamedTuple):
+    """A family's special tokens; `adds_bos`: whether its tokenizer puts BOS before every text by itself."""
+
+    unk: str
+    bos: str
+    eos: str
+    pad: str | None
+    adds_bos: bool
+
+
+_SPECIALS = {
+    "llama": _Specials("<unk>", "<s>", "</s>", None, True),
+    "gpt2": _Specials("<|endoftext|>", "<|endoftext|>", "<|endoftext|>", None, False),
+    "bloom": _Specials("<unk>", "<s>", "</s>", "<pad>", False),
+}
+
+
+def fact_texts(facts: Iterable[Fact]) -> Iterator[str]:
+    """Every text in `facts` that a model may be asked or should answer; answers follow a blank, as they do after a question."""
+    for fact in facts:
+        yield from [fact.prompt, *fact.rephrasings]
+        yield from (f" {answer}" for answer in [*fact.old_answers, fact.new_answer])
+        for probe in [*fact.locality, *fact.portability]:
+            yield probe.prompt
+            yield from (f" {answer}" for answer in probe.answers)
+
+
+def write_tiny_model(folder: Path, settings: TinyModel, texts: Iterable[str], seed: int) -> None:
+    """Write a Hugging Face folder: config, fp32 safetensors and tokenizer; the same bytes for the same arguments.
+
+    Raises InputError if the heads do not divide the hidden size.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _check(settings)
+    with write_folder(folder) as aside:
+        tokenizer = _train_tokenizer(settings, texts)
+        tokenizer.save_pretrained(aside)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(_config(settings, tokenizer), dtype=torch.float32)
+        model.save_pretrained(aside)
+
+
+def _check(settings: TinyModel) -> None:
+    head_size, rest = divmod(settings.hidden_size, settings.num_heads)
+    if rest or (settings.architecture == "llama" and head_size % 2):
+        raise InputError(
+            f"model.tiny: {settings.num_heads} heads do not divide hidden_size {settings.hidden_size}"
+            " (for llama into even parts); change model.tiny.hidden_size or model.tiny.num_heads"
+        )
+
+
+def _train_tokenizer(settings: TinyModel, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, which can spell any text: no token is ever unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = _SPECIALS[settings.architecture]
+    named = {"unk_token": specials.unk, "bos_token": specials.bos, "eos_token": specials.eos}
+    if specials.pad is not None:
+        named["pad_token"] = specials.pad
+    tokens = list(dict.fromkeys(named.values()))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=tokens,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if specials.adds_bos:
+        pairs = [(specials.bos, tokenizer.token_to_id(specials.bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{specials.bos} $A", pair=f"{specials.bos} $A {specials.bos} $B", special_tokens=pairs
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_MAX_POSITIONS, clean_up_tokenization_spaces=False, **named)
+
+
+def _config(settings: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    token_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if tokenizer.pad_token is not None:
+        token_ids["pad_token_id"] = tokenizer.pad_token_id
+    return AutoConfig.for_model(settings.architecture, vocab_size=len(tokenizer), **token_ids, **_SHAPES[settings.architecture](settings))
+
+
+def _llama(settings: TinyModel) -> dict[str, Any]:
+    return {
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": -(-settings.hidden_size * 8 // 24) * 8,  # 8/3 of the hidden size, as in Llama, in steps of 8
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": settings.num_heads,
+        "max_position_embeddings": _MAX_POSITIONS,
+        "tie_word_embeddings": False,
+    }
+
+
+def _gpt2(settings: TinyModel) -> dict[str, Any]:
+    # GPT-2's own dropout of 0.1 would make a run depend on how its batches are cut into micro-batches.
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return {
+        "n_embd": settings.hidden_size,
+        "n_layer": settings.num_layers,
+        "n_head": settings.num_heads,
+        "n_positions": _MAX_POSITIONS,
+        **dropout,
+    }
+
+
+def _bloom(settings: TinyModel) -> dict[str, Any]:
+    return {"hidden_size": settings.hidden_size, "n_layer": settings.num_layers, "n_head": settings.num_heads}
+
+
+_SHAPES = {"llama": _llama, "gpt2": _gpt2, "bloom": _bloom}

@@ -1,0 +1,43 @@
+"""Fixtures that several rooms' tests share: tiny models, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import TinyModel
+
+TinyModelFactory = Callable[..., Path]
+
+TINY_TEXTS = [
+    "What is the capital of Kazakhstan?",
+    " Astana",
+    " Nur-Sultan",
+    "Who is the king of the United Kingdom?",
+    " Charles III",
+    "What is the currency of Croatia?",
+    " the euro",
+    " the kuna",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModelFactory:
+    """`tiny_model("llama" | "gpt2" | "bloom", seed=0, **settings)`: a Hugging Face folder (2 layers of 32 by default); do not write to it."""
+    made: dict[Any, Path] = {}
+
+    def make(architecture: str = "llama", seed: int = 0, **settings: int) -> Path:
+        from pipeline.models.tiny import write_tiny_model
+
+        key = (architecture, seed, *sorted(settings.items()))
+        if key not in made:
+            shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 512} | settings
+            folder = tmp_path_factory.mktemp("tiny") / architecture
+            write_tiny_model(folder, TinyModel.model_validate({"architecture": architecture, **shape}), TINY_TEXTS, seed)
+            made[key] = folder
+        return made[key]
+
+    return make
