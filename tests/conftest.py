@@ -26,7 +26,7 @@ TINY_TEXTS = [
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModelFactory:
-    """`tiny_model("llama" | "gpt2" | "bloom", seed=0, **settings)`: a Hugging Face folder (2 layers of 32 by default); do not write to it."""
+    """`tiny_model("llama" | "gpt2" | "bloom", seed=0, **settings)`: a Hugging Face folder (2 layers of 32); do not write to it."""
     made: dict[Any, Path] = {}
 
     def make(architecture: str = "llama", seed: int = 0, **settings: int) -> Path:

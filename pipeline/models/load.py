@@ -53,19 +53,24 @@ def load_model(artifact: Artifact, device: str, dtype: torch.dtype) -> PreTraine
 
     Adapters arrive merged (in fp32, then rounded to `dtype`). Host memory holds the weights once at most.
     """
+    folder = model_folder(artifact)
+    if artifact.facts["model_kind"] == "folder":
+        return _from_folder(folder, device, dtype).eval()
+    model = _empty_model(folder, device, dtype)
+    source = open_weights(artifact)
+    try:
+        fill(model, source)
+    finally:
+        source.close()
+    return model.eval()
+
+
+def _from_folder(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    if artifact.facts["model_kind"] == "folder":
-        placement = {} if device == "cpu" else {"device_map": {"": device}}
-        model = AutoModelForCausalLM.from_pretrained(model_folder(artifact), dtype=dtype, **placement)
-    else:
-        model = _empty_model(model_folder(artifact), device, dtype)
-        source = open_weights(artifact)
-        try:
-            fill(model, source)
-        finally:
-            source.close()
-    return model.eval()
+    # With a device map each tensor goes straight to its device; without one the host would hold the model first.
+    placement = {} if device == "cpu" else {"device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)  # type: ignore[return-value]
 
 
 def _empty_model(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
