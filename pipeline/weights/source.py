@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -27,6 +40,10 @@ class TensorInfo:
     @property
     def num_elements(self) -> int:
         return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * DTYPE_BYTES[self.dtype]
 
     @property
     def is_floating(self) -> bool:

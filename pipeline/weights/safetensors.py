@@ -1,0 +1,228 @@
+"""Safetensors as a tensor source: a file, or a folder of shards with or without an index, read by position.
+
+The header is parsed and checked here, not by the safetensors package: a hostile or truncated file is an InputError
+before any tensor is touched. Format: 8 bytes of header length (little endian), a JSON object
+`{name: {dtype, shape, data_offsets}}`, then the tensors' bytes without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import InputError
+from pipeline.weights.pread import PreadFile
+from pipeline.weights.source import DTYPE_BYTES, TensorInfo
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPE_OF_TAG = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+TAG_OF_DTYPE = {dtype: tag for tag, dtype in DTYPE_OF_TAG.items()}
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in one file: its info and the byte where it begins."""
+
+    info: TensorInfo
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says it holds, in the order of its bytes."""
+
+    entries: list[Entry]
+    metadata: dict[str, str]
+
+
+class SafetensorsSource:
+    """The tensors of a safetensors file, or of a folder of them. Opening reads the headers alone."""
+
+    kind = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError for a damaged file, and for shards or tensors that the index names but that are absent (all of them)."""
+        folder, names, weight_map = _layout(path)
+        _require_files(folder, names)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.aliases: dict[str, str] = {}
+        self._files = [PreadFile(folder / name) for name in names]
+        self._places: dict[str, tuple[PreadFile, int]] = {}
+        for file in self._files:
+            self._add(file, weight_map)
+        absent = [f"{name} ({file})" for name, file in weight_map.items() if name not in self.tensors]
+        if absent:
+            raise InputError(f"{path}: the index names tensors that their shards do not hold: {', '.join(absent)}")
+        self.aliases = {alias: owner for alias, owner in self.aliases.items() if alias not in self.tensors and owner in self.tensors}
+
+    def _add(self, file: PreadFile, weight_map: dict[str, str]) -> None:
+        header = read_header(file)
+        self.aliases.update(header.metadata)  # safetensors' save_model notes there which name stands for which
+        for entry in header.entries:
+            name = entry.info.name
+            if weight_map.get(name, file.path.name) != file.path.name:
+                continue
+            if name in self._places:
+                raise InputError(f"{file.path}: holds {name!r}, which {self._places[name][0].path} holds too; remove one of the files")
+            self.tensors[name] = entry.info
+            self._places[name] = file, entry.offset
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor, in its stored dtype."""
+        info = self.tensors[name]
+        assert 0 <= start <= stop <= info.num_elements, (name, start, stop)
+        file, offset = self._places[name]
+        return file.read_tensor(offset + start * DTYPE_BYTES[info.dtype], stop - start, info.dtype)
+
+    def locate(self, name: str) -> tuple[Path, int]:
+        """The file that holds the tensor, and the byte where it begins; it is contiguous there, `num_bytes` long."""
+        file, offset = self._places[name]
+        return file.path, offset
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def _layout(path: Path) -> tuple[Path, list[str], dict[str, str]]:
+    """The folder, the names of its safetensors files in order, and the index's {tensor: file} (empty without an index)."""
+    if path.is_file():
+        return path.parent, [path.name], {}
+    if (path / SINGLE).is_file():  # as transformers does, where there is an index too
+        return path, [SINGLE], {}
+    if (path / INDEX).is_file():
+        weight_map = read_index(path / INDEX)
+        return path, sorted(set(weight_map.values())), weight_map
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    if not names:
+        raise InputError(f"{path}: holds no safetensors file")
+    return path, sorted({shard for name in names for shard in _siblings(name)}), {}
+
+
+def _siblings(name: str) -> Iterator[str]:
+    """The names of all shards of the set that `name` says it is one of (`model-00002-of-00003.safetensors`)."""
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)", name)
+    if not match:
+        yield name
+        return
+    stem, _, count, suffix = match.groups()
+    yield from (f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1))
+
+
+def _require_files(folder: Path, names: list[str]) -> None:
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise InputError(f"{folder}: shards are missing: {', '.join(absent)}; get them again")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """An index's {tensor name: file name}, for safetensors and torch shards alike. File names stay inside the folder, or InputError."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON index ({type(error).__name__}); get it again") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: has no weight_map; it is not an index of shards")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or "/" in file or "\\" in file or "\0" in file or file in (".", ".."):
+            raise InputError(f"{path}: {name!r} lies in {file!r}, which is not a file name inside the folder")
+    return weight_map
+
+
+def read_header(file: PreadFile) -> Header:
+    """The checked header of a safetensors file: every tensor lies inside the file, none overlap, no byte is unaccounted for.
+
+    Raises InputError, naming the file and the tensor.
+    """
+    if file.size < 8:
+        raise InputError(f"{file.path}: {file.size} bytes are not a safetensors file; get it again")
+    length = int.from_bytes(file.read_bytes(0, 8), "little")
+    if length > min(MAX_HEADER_BYTES, file.size - 8):
+        raise InputError(f"{file.path}: its header claims {length} bytes of a file of {file.size}; it is truncated or not safetensors")
+    content = _parse(file.path, file.read_bytes(8, length))
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError(f"{file.path}: its __metadata__ is not a table of texts; the header is damaged")
+    start = 8 + length
+    spans = sorted(
+        (_entry(file.path, name, value) for name, value in content.items()), key=lambda entry: (entry.offset, entry.info.num_bytes)
+    )
+    _require_contiguous(file, spans, file.size - start)
+    return Header([Entry(entry.info, start + entry.offset) for entry in spans], metadata)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: its header is not valid JSON ({type(error).__name__}); the file is damaged or not safetensors"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: its header is not a JSON object; the file is damaged or not safetensors")
+    return content
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def _entry(path: Path, name: str, value: Any) -> Entry:
+    """One tensor's entry, its offset still relative to the end of the header."""
+    try:
+        tag, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{path}: tensor {name!r} has no dtype, shape and data_offsets; the header is damaged") from None
+    if not isinstance(tag, str) or tag not in DTYPE_OF_TAG:
+        raise InputError(f"{path}: tensor {name!r} has the dtype {tag!r}; supported are {', '.join(DTYPE_OF_TAG)}")
+    if not isinstance(shape, list) or not all(_is_count(size) for size in [*shape, begin, end]):
+        raise InputError(f"{path}: tensor {name!r} has sizes or offsets that are not natural numbers; the header is damaged")
+    num_bytes = prod(shape) * DTYPE_BYTES[DTYPE_OF_TAG[tag]]
+    if end - begin != num_bytes:
+        raise InputError(f"{path}: tensor {name!r} needs {num_bytes} bytes but its data_offsets span {end - begin}; the header is damaged")
+    return Entry(TensorInfo(name, tuple(shape), DTYPE_OF_TAG[tag]), begin)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _require_contiguous(file: PreadFile, entries: list[Entry], num_bytes: int) -> None:
+    end = 0
+    for entry in entries:
+        if entry.offset != end:
+            wrong = "overlaps the tensor before it" if entry.offset < end else "leaves a hole before it"
+            raise InputError(f"{file.path}: tensor {entry.info.name!r} {wrong}; the header is damaged")
+        end += entry.info.num_bytes
+    if end != num_bytes:
+        wrong = (
+            f"truncated: {end - num_bytes} bytes are missing"
+            if end > num_bytes
+            else f"damaged: {num_bytes - end} bytes belong to no tensor"
+        )
+        raise InputError(f"{file.path}: {wrong}; get it again")
