@@ -1,0 +1,110 @@
+"""Experiments: what loads, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import config
+from pipeline.config import Experiment
+from pipeline.errors import InputError
+
+MINIMAL = """
+name: small
+methods: [full_ft]
+model: {path: gpt2}
+facts: {path: facts.jsonl}
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    def _load(text: str = MINIMAL, *overrides: str) -> Experiment:
+        (tmp_path / "small.yaml").write_text(text)
+        return config.load(tmp_path / "small.yaml", list(overrides))
+
+    return _load
+
+
+def refusal(load, text: str = MINIMAL, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load(text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_are_the_papers(load) -> None:
+    experiment = load()
+    assert (experiment.full.epochs, experiment.full.lr, experiment.full.batch_size) == (3, 5e-5, 64)
+    assert experiment.full.deepspeed["zero_optimization"]["stage"] == 2
+
+
+def test_scientific_notation_without_a_dot_is_a_number(load) -> None:
+    assert load(MINIMAL + "full: {lr: 5e-5}").full.lr == 5e-5
+    assert load(MINIMAL, "full.lr=1e-3").full.lr == 1e-3
+
+
+def test_overrides_extend_sections_and_replace_values(load) -> None:
+    experiment = load(MINIMAL + "full: {lr: 1e-4, epochs: 7}\n", "full.epochs=1", "methods=[lora]", "name=other")
+    assert (experiment.full.epochs, experiment.full.lr, experiment.methods, experiment.name) == (1, 1e-4, ["lora"], "other")
+
+
+def test_scale_may_be_one_number_or_one_a_method(load) -> None:
+    assert load(MINIMAL, "forget.scale=0.5").scale_for("flearn_ft") == 0.5
+    by_method = load(MINIMAL + "forget: {scale: {flearn_ft: 0.3, flearn_lora: 0.7}}")
+    assert by_method.scale_for("flearn_lora") == 0.7
+    with pytest.raises(InputError, match=r"forget\.scale: no value for flearn_lora_ft"):
+        by_method.scale_for("flearn_lora_ft")
+    assert load(MINIMAL + "forget: {scale: {flearn_ft: 0.3}}", "forget.scale=0.5").scale_for("flearn_lora") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("full: {learning_rat: 1}", "full.learning_rat: unknown key"),
+        ("full: {epoch: 1}", "did you mean full.epochs?"),
+        ("fogret: {scale: 1}", "did you mean forget?"),
+        ("forget: {scale: much}", "forget.scale"),
+        ("forget: {scale: .nan}", "forget.scale"),
+        ("full: {lr: 0}", "full.lr: Input should be greater than 0"),
+        ("full: {deepspeed: nowhere.json}", "full.deepspeed: no such file"),
+        ("evaluate: {protocols: []}", "evaluate.protocols"),
+        ("cluster: {ranks: 0}", "cluster.ranks"),
+    ],
+)
+def test_refusals_name_the_field(load, extra: str, words: str) -> None:
+    assert words in refusal(load, MINIMAL + extra)
+
+
+def test_refusals_name_the_file(load, tmp_path: Path) -> None:
+    assert "small.yaml: not a YAML file" in refusal(load, "a: [")
+    assert "small.yaml: expected an experiment's fields" in refusal(load, "- a")
+    assert "name: missing" in refusal(load, "methods: [lora]")
+    with pytest.raises(InputError, match="no such config file"):
+        config.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("override", ["forget.scale", "=3", "name.x=1"])
+def test_malformed_overrides(load, override: str) -> None:
+    refusal(load, MINIMAL, override)
+
+
+def test_paths_are_relative_to_the_yaml_and_overrides_to_here(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    experiment = load(MINIMAL + "full: {deepspeed: zero.json}")
+    assert experiment.full.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert experiment.facts.path == str(tmp_path / "facts.jsonl")
+    assert experiment.model.path == "gpt2"
+    assert load(MINIMAL, "facts.path=../facts.json").facts.path == str(tmp_path / "facts.json")
+
+
+def test_placement_stays_out_of_the_recipe(load) -> None:
+    one, other = load(MINIMAL, "full.micro_batch_size=1"), load(MINIMAL, "full.micro_batch_size=8")
+    assert one.full.recipe() == other.full.recipe()
+    assert load(MINIMAL, "full.batch_size=8").full.recipe() != one.full.recipe()

@@ -1,0 +1,94 @@
+"""Plans: what is shared between methods and re-runs, and what a changed setting touches."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import InputError
+from pipeline.stages import METHODS, STAGES, Plan, plan
+
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
+
+
+def planned(*overrides: str) -> Plan:
+    return plan(config.load(QUICKSTART, list(overrides)))
+
+
+def changed(*overrides: str) -> set[str]:
+    """The stages that a changed setting makes run again."""
+    before = planned()
+    return {step.stage for step in planned(*overrides).steps.values() if step.id not in before.steps}
+
+
+def test_every_stage_function_exists() -> None:
+    for stage in STAGES.values():
+        module, _, name = stage.function.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_methods_share_what_they_can() -> None:
+    steps = planned().steps.values()
+    count = {stage: sum(step.stage == stage for step in steps) for stage in STAGES}
+    assert count["teach"] == 1
+    assert count["tune_old"] == 2  # one full, one LoRA, for three methods
+    assert count["forget"] == 3
+    assert count["learn"] == len(METHODS)
+    assert [step.methods for step in steps if step.stage == "tune_old"] == [["flearn_ft"], ["flearn_lora", "flearn_lora_ft"]]
+
+
+def test_inputs_come_first() -> None:
+    seen: set[str] = set()
+    for step in planned().steps.values():
+        assert {source.id for source in step.inputs.values()} <= seen
+        seen.add(step.id)
+
+
+def test_a_new_lambda_forgets_learns_and_evaluates_again() -> None:
+    assert changed("forget.scale=0.5") == {"forget", "learn", "evaluate", "report"}
+
+
+def test_a_new_lambda_leaves_the_baselines_alone() -> None:
+    before, after = planned(), planned("forget.scale=0.5")
+    rerun = [step for step in after.steps.values() if step.id not in before.steps and step.stage == "learn"]
+    assert all(not {"full_ft", "lora"} & set(step.methods) for step in rerun)
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("cluster.ranks=1", set()),
+        ("full.micro_batch_size=1", set()),
+        ("evaluate.batch_size=1", set()),
+        ("evaluate.max_new_tokens=3", {"evaluate", "report"}),
+        ("lora.rank=4", {"tune_old", "forget", "learn", "evaluate", "report"}),
+        ("facts.limit=3", set(STAGES)),
+        ("seed=1", set(STAGES) - {"facts"}),
+    ],
+)
+def test_a_changed_setting_runs_only_what_depends_on_it(override: str, stages: set[str]) -> None:
+    assert changed(override) == stages
+
+
+def test_facts_are_known_by_their_content(tmp_path: Path) -> None:
+    copy = tmp_path / "moved.jsonl"
+    copy.write_bytes((QUICKSTART.parent / "facts/world_updates.jsonl").read_bytes())
+    assert changed(f"facts.path={copy}") == set()
+    copy.write_bytes(copy.read_bytes() + b"\n")
+    assert changed(f"facts.path={copy}") == set(STAGES)
+
+
+def test_a_plan_survives_its_json() -> None:
+    assert Plan.from_json(planned().to_json()).to_json() == planned().to_json()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("facts.path=./nowhere.json", "facts.path: no such file"), ("facts.path=nowhere", "neither a file or folder here nor a hub id")],
+)
+def test_missing_files_are_named(override: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        planned(override)
