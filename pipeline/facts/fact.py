@@ -34,6 +34,8 @@ class Fact:
     """Unrelated questions, whose answers must not change."""
     portability: list[Probe] = field(default_factory=list)
     """Questions whose answer follows from the new fact."""
+    year: int | None = None
+    """The year in which the answer changed, where it is known."""
 
     @property
     def old_answer(self) -> str | None:
