@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,16 @@ class Preempted(Exception):
     """The run was asked to stop; what was done so far is saved, and the same command goes on from there."""
 
 
+class Stop(IntEnum):
+    """What the ranks were asked. Where they were asked different things, the greater counts."""
+
+    NO = 0
+    STAY_DOWN = 1
+    """SIGTERM or SIGINT: stop; whoever sent it knows whether to start again."""
+    COME_BACK = 2
+    """SIGUSR2, a scheduler's warning before the end of the allotted time: save, and ask for another turn."""
+
+
 @dataclass
 class Context:
     """One process's place in a run. `group` is a gloo process group for control messages, or None with one rank."""
@@ -31,7 +42,8 @@ class Context:
     local_rank: int = 0
     device: str = "cpu"
     group: Any = None
-    _stop_signal: int | None = field(default=None, init=False)
+    stop: Stop = field(default=Stop.NO, init=False)
+    """What this rank was asked; after `should_stop`, what all ranks together were asked."""
 
     @property
     def is_main(self) -> bool:
@@ -43,20 +55,21 @@ class Context:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop_signal is not None and number == signal.SIGINT:
+        if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._stop_signal = number
+        self.stop = max(self.stop, Stop.COME_BACK if number == signal.SIGUSR2 else Stop.STAY_DOWN)
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop. Collective: every rank calls it at the same point and gets the same answer."""
         if self.group is None:
-            return self._stop_signal is not None
+            return self.stop is not Stop.NO
         import torch
         import torch.distributed as dist
 
-        flag = torch.tensor([int(self._stop_signal is not None)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
+        asked = torch.tensor([int(self.stop)])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
+        self.stop = Stop(int(asked.item()))
+        return self.stop is not Stop.NO
 
     def barrier(self) -> None:
         """Wait for all ranks."""
