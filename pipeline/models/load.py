@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
 from pipeline.errors import InputError
@@ -56,7 +56,7 @@ def load_model(artifact: Artifact, device: str, dtype: torch.dtype) -> PreTraine
     folder = model_folder(artifact)
     if artifact.facts["model_kind"] == "folder":
         return _from_folder(folder, device, dtype).eval()
-    model = _empty_model(folder, device, dtype)
+    model = empty_model(folder, device, dtype)
     source = open_weights(artifact)
     try:
         fill(model, source)
@@ -73,13 +73,16 @@ def _from_folder(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedMod
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)  # type: ignore[return-value]
 
 
-def _empty_model(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose parameters hold whatever was in memory, but whose computed buffers (rotary frequencies) are right."""
+def empty_model(folder: Path, device: str, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
+    """A model whose parameters hold whatever was in memory, but whose computed buffers (rotary frequencies) are right.
+
+    `settings` replace those of its config that it has; others are ignored.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **settings)
     with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
