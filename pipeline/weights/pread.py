@@ -17,6 +17,7 @@ class PreadFile:
 
     def __init__(self, path: Path) -> None:
         """Raises InputError if `path` is not a readable file."""
+        self._descriptor = -1
         self.path = path
         self._descriptor = _open(path)
         self.size = os.fstat(self._descriptor).st_size
@@ -27,11 +28,9 @@ class PreadFile:
         self._fill(memoryview(buffer), offset)
         return bytes(buffer)
 
-    def read_tensor(self, offset: int, num_elements: int, dtype: str) -> torch.Tensor:
-        """`num_elements` elements of `dtype` from byte `offset` on: a new 1-D tensor. Raises InputError where the file is shorter."""
-        tensor = torch.empty(num_elements, dtype=getattr(torch, dtype))
+    def read_into(self, tensor: torch.Tensor, offset: int) -> None:
+        """Fill a contiguous `tensor` with the bytes from `offset` on. Raises InputError where the file is shorter."""
         self._fill(tensor.view(torch.uint8).numpy().data, offset)
-        return tensor
 
     def _fill(self, view: memoryview, offset: int) -> None:
         while view:  # network file systems may return less than was asked for
@@ -48,6 +47,9 @@ class PreadFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _open(path: Path) -> int:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from pipeline.errors import InputError
 from pipeline.weights.pread import PreadFile
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
+from pipeline.weights.stored import Piece, StoredSource, StoredTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,71 +36,50 @@ DTYPE_OF_TAG = {
 TAG_OF_DTYPE = {dtype: tag for tag, dtype in DTYPE_OF_TAG.items()}
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+MAX_DIMENSIONS = 64
+"""torch's limit."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in one file: its info and the byte where it begins."""
+class Entry(NamedTuple):
+    """A tensor in one file, and the byte where it begins."""
 
     info: TensorInfo
     offset: int
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a safetensors file says it holds, in the order of its bytes."""
 
     entries: list[Entry]
     metadata: dict[str, str]
 
 
-class SafetensorsSource:
+class SafetensorsSource(StoredSource):
     """The tensors of a safetensors file, or of a folder of them. Opening reads the headers alone."""
 
     kind = "safetensors"
 
     def __init__(self, path: Path) -> None:
         """Raises InputError for a damaged file, and for shards or tensors that the index names but that are absent (all of them)."""
+        super().__init__()
         folder, names, weight_map = _layout(path)
-        _require_files(folder, names)
-        self.tensors: dict[str, TensorInfo] = {}
-        self.aliases: dict[str, str] = {}
-        self._files = [PreadFile(folder / name) for name in names]
-        self._places: dict[str, tuple[PreadFile, int]] = {}
-        for file in self._files:
-            self._add(file, weight_map)
-        absent = [f"{name} ({file})" for name, file in weight_map.items() if name not in self.tensors]
-        if absent:
-            raise InputError(f"{path}: the index names tensors that their shards do not hold: {', '.join(absent)}")
+        require_files(folder, names)
+        for name in names:
+            self._add_file(PreadFile(folder / name), weight_map)
+        require_tensors(path, self.tensors, weight_map)
         self.aliases = {alias: owner for alias, owner in self.aliases.items() if alias not in self.tensors and owner in self.tensors}
 
-    def _add(self, file: PreadFile, weight_map: dict[str, str]) -> None:
+    def _add_file(self, file: PreadFile, weight_map: dict[str, str]) -> None:
+        self._files.append(file)
         header = read_header(file)
         self.aliases.update(header.metadata)  # safetensors' save_model notes there which name stands for which
-        for entry in header.entries:
-            name = entry.info.name
-            if weight_map.get(name, file.path.name) != file.path.name:
+        for info, offset in header.entries:
+            if weight_map.get(info.name, file.path.name) != file.path.name:
                 continue
-            if name in self._places:
-                raise InputError(f"{file.path}: holds {name!r}, which {self._places[name][0].path} holds too; remove one of the files")
-            self.tensors[name] = entry.info
-            self._places[name] = file, entry.offset
-
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, in its stored dtype."""
-        info = self.tensors[name]
-        assert 0 <= start <= stop <= info.num_elements, (name, start, stop)
-        file, offset = self._places[name]
-        return file.read_tensor(offset + start * DTYPE_BYTES[info.dtype], stop - start, info.dtype)
-
-    def locate(self, name: str) -> tuple[Path, int]:
-        """The file that holds the tensor, and the byte where it begins; it is contiguous there, `num_bytes` long."""
-        file, offset = self._places[name]
-        return file.path, offset
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
+            if info.name in self.tensors:
+                other = self._stored[info.name].pieces[0].file.path.name
+                raise InputError(f"{file.path}: holds {info.name!r}, which {other} holds too; remove one of the files")
+            self.add(info.name, info.shape, StoredTensor(info.dtype, (Piece(file, offset, info.num_elements),)))
 
 
 def _layout(path: Path) -> tuple[Path, list[str], dict[str, str]]:
@@ -130,10 +107,17 @@ def _siblings(name: str) -> Iterator[str]:
     yield from (f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1))
 
 
-def _require_files(folder: Path, names: list[str]) -> None:
+def require_files(folder: Path, names: list[str]) -> None:
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise InputError(f"{folder}: shards are missing: {', '.join(absent)}; get them again")
+
+
+def require_tensors(path: Path, tensors: Container[str], weight_map: dict[str, str]) -> None:
+    """Raises InputError naming every tensor that the index `weight_map` promises and `tensors` lacks."""
+    absent = [f"{name} ({file})" for name, file in weight_map.items() if name not in tensors]
+    if absent:
+        raise InputError(f"{path}: the index names tensors that their shards do not hold: {', '.join(absent)}")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -200,7 +184,7 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
         raise InputError(f"{path}: tensor {name!r} has no dtype, shape and data_offsets; the header is damaged") from None
     if not isinstance(tag, str) or tag not in DTYPE_OF_TAG:
         raise InputError(f"{path}: tensor {name!r} has the dtype {tag!r}; supported are {', '.join(DTYPE_OF_TAG)}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in [*shape, begin, end]):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in [*shape, begin, end]):
         raise InputError(f"{path}: tensor {name!r} has sizes or offsets that are not natural numbers; the header is damaged")
     num_bytes = prod(shape) * DTYPE_BYTES[DTYPE_OF_TAG[tag]]
     if end - begin != num_bytes:

@@ -1,0 +1,120 @@
+"""Tensors that lie in files, contiguous or in pieces over many: the part that every source on a disk shares.
+
+A ZeRO partition, a group over its ranks, a parameter inside it: each is a slice or a join of others, so the layouts
+of checkpoints are written as an algebra of `StoredTensor`s, and reading is written once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pipeline.weights.pread import PreadFile
+from pipeline.weights.source import DTYPE_BYTES, TensorInfo
+
+
+class Piece(NamedTuple):
+    """Consecutive elements in one file, from byte `offset` on."""
+
+    file: PreadFile
+    offset: int
+    num_elements: int
+
+
+class Extent(NamedTuple):
+    """Consecutive bytes of a file."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A flat tensor of one dtype that lies in files, piece after piece."""
+
+    dtype: str
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(piece.num_elements for piece in self.pieces))
+
+    @property
+    def num_elements(self) -> int:
+        return self._ends[-1] if self.pieces else 0
+
+    def slice(self, start: int, stop: int) -> StoredTensor:
+        """Elements [start, stop)."""
+        return StoredTensor(self.dtype, tuple(self._cut(start, stop)))
+
+    def _cut(self, start: int, stop: int) -> Iterator[Piece]:
+        assert 0 <= start <= stop <= self.num_elements, (start, stop, self.num_elements)
+        size = DTYPE_BYTES[self.dtype]
+        index = bisect_right(self._ends, start)
+        while start < stop:
+            file, offset, num_elements = self.pieces[index]
+            skipped = start - (self._ends[index] - num_elements)
+            taken = min(num_elements - skipped, stop - start)
+            if taken:
+                yield Piece(file, offset + skipped * size, taken)
+            start += taken
+            index += 1
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) as a new 1-D tensor."""
+        values = torch.empty(stop - start, dtype=getattr(torch, self.dtype))
+        done = 0
+        for piece in self._cut(start, stop):
+            piece.file.read_into(values[done : done + piece.num_elements], piece.offset)
+            done += piece.num_elements
+        return values
+
+    def locate(self, start: int, stop: int) -> list[Extent]:
+        """Where the bytes of elements [start, stop) lie, in order."""
+        size = DTYPE_BYTES[self.dtype]
+        return [Extent(piece.file.path, piece.offset, piece.num_elements * size) for piece in self._cut(start, stop)]
+
+
+def join(tensors: Iterable[StoredTensor]) -> StoredTensor:
+    """One after another as one flat tensor. They must have the same dtype."""
+    parts = list(tensors)
+    assert len({part.dtype for part in parts}) == 1
+    return StoredTensor(parts[0].dtype, tuple(piece for part in parts for piece in part.pieces))
+
+
+class StoredSource:
+    """A tensor source over stored tensors (see `TensorSource`)."""
+
+    kind: str
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self.aliases: dict[str, str] = {}
+        self._stored: dict[str, StoredTensor] = {}
+        self._files: list[PreadFile] = []
+
+    def add(self, name: str, shape: tuple[int, ...], stored: StoredTensor) -> None:
+        info = TensorInfo(name, shape, stored.dtype)
+        assert stored.num_elements == info.num_elements, (name, shape, stored.num_elements)
+        self.tensors[name] = info
+        self._stored[name] = stored
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor, in its stored dtype: a new 1-D tensor."""
+        return self._stored[name].read(start, stop)
+
+    def locate(self, name: str, start: int, stop: int) -> list[Extent]:
+        """The files and byte ranges that hold elements [start, stop) of the flattened tensor, in order."""
+        return self._stored[name].locate(start, stop)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
