@@ -61,7 +61,8 @@ class Model(Section):
     """The base model: exactly one of `path` and `tiny`."""
 
     path: str | None = Field(None, json_schema_extra=_PLACEMENT)
-    """A Hugging Face model folder (its content enters the fingerprint), or a hub id such as `meta-llama/Llama-2-7b-hf`."""
+    """A Hugging Face model folder (its content enters the fingerprint), a hub id such as `meta-llama/Llama-2-7b-hf`, or the
+    name of a model that `flearn models fetch` fetched."""
     revision: str | None = None
     """The hub revision (branch, tag or commit) of `path`."""
     tiny: TinyModel | None = None
@@ -162,7 +163,13 @@ class Cluster(Section):
     """Where to run."""
 
     ranks: int = Field(1, gt=0)
-    """Processes (one GPU each, where there are any)."""
+    """Processes of a fine-tuning (one GPU each, where there are any)."""
+    nodes: int = Field(1, gt=0)
+    """Machines that a scheduler spreads the ranks over, evenly."""
+    forget_parts: int = Field(1, gt=0)
+    """Workers that a scheduler lets share one subtraction."""
+    site: str | None = None
+    """What is particular to a SLURM cluster: one of the files of slurm/sites/, or your own."""
     runs_dir: str = "runs"
     """Folder that holds every run's folder; relative to where you are."""
 

@@ -16,6 +16,7 @@ from pipeline import artifact
 from pipeline.artifact import Artifact
 from pipeline.config import Experiment, Section
 from pipeline.errors import InputError
+from pipeline.models.packaged import resolve
 
 
 class Stage(NamedTuple):
@@ -165,8 +166,9 @@ def _add_original(plan: Plan, experiment: Experiment, facts: Step) -> Step:
         base = plan.add("model", {"model": experiment.model, "seed": experiment.seed}, {"facts": facts})
     else:
         assert experiment.model.path is not None
-        content = _digest(experiment.model.path, "model.path")
-        base = plan.add("model", {"model": experiment.model, "seed": 0}, {}, content=content)
+        path = resolve(experiment.model.path)
+        content = _digest(path, "model.path")
+        base = plan.add("model", {"model": experiment.model.model_copy(update={"path": path}), "seed": 0}, {}, content=content)
     if experiment.teach is None:
         return base
     sections = {"training": experiment.teach, "prompt": experiment.prompt, "target": experiment.teach.facts, "seed": experiment.seed}

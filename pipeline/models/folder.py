@@ -15,7 +15,7 @@ from pipeline.artifact import sync_folder
 def write_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` to write into; on a clean exit it is synced and takes `folder`'s name.
 
-    What a killed run left aside is thrown away. An old `folder` is replaced.
+    What a killed run left aside is thrown away. Raises OSError if `folder` exists and is not empty.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -23,9 +23,10 @@ def write_folder(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         for file in aside.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes for the owner alone; a model folder is often shared
             _sync(file)
         sync_folder(aside)
-        shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
