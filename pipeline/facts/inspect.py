@@ -1,0 +1,99 @@
+"""What is in a data file: its schema, what its facts have and lack, contradictions, and malformed records by line."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.facts.conflicts import count_conflicts, find_conflicts
+from pipeline.facts.fact import Fact
+from pipeline.facts.read import read
+from pipeline.facts.select import clean_probes, unusable
+
+_NUM_EXAMPLES = 2
+_NUM_SHOWN = 20
+
+
+def inspect(path: str | list[str], format: str = "auto") -> dict[str, Any]:
+    """A report on the file, folder or hub id at `path`, as JSON values; see `render` for the text.
+
+    Malformed records are listed, not refused. Raises InputError for a file that cannot be read, or of no known schema.
+    """
+    reading = read(path, format)
+    reasons = [unusable(fact, needs_old_answer=False) for fact in reading.facts]
+    usable = [fact for fact, reason in zip(reading.facts, reasons, strict=True) if reason is None]
+    _, dropped_probes = clean_probes(usable)
+    return {
+        "path": reading.path,
+        "format": reading.format,
+        "num_records": reading.num_records,
+        "num_facts": len(usable),
+        "fields": dict(reading.fields),
+        "having": _having(usable),
+        "dropped": dict(Counter(reason for reason in reasons if reason)),
+        "dropped_probes": dict(dropped_probes),
+        "conflicts": count_conflicts(find_conflicts(usable)),
+        "bad_rows": [row._asdict() for row in reading.bad_rows],
+        "examples": [asdict(fact) for fact in usable[:_NUM_EXAMPLES]],
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as plain text."""
+    lines = [
+        f"{report['path']}: {report['format']}, {report['num_records']} records, {report['num_facts']} usable facts",
+        f"  fields: {_counts(report['fields'], report['num_records'])}",
+        f"  facts having: {_counts(report['having'], report['num_facts'])}",
+        *_section("dropped", [f"{reason}: {count}" for reason, count in report["dropped"].items()]),
+        *_section("locality and portability questions dropped", [f"{k}: {n}" for k, n in report["dropped_probes"].items()]),
+        *_section(
+            "contradictions", [f"{kind}: {n['num_facts']} facts in {n['num_groups']} groups" for kind, n in report["conflicts"].items()]
+        ),
+        *_bad_rows(report["bad_rows"]),
+        *_section("examples", [line for example in report["examples"] for line in _example(example)]),
+    ]
+    return "\n".join(lines)
+
+
+def _having(facts: list[Fact]) -> dict[str, int]:
+    parts: dict[str, Callable[[Fact], object]] = {
+        "subject": lambda fact: fact.subject,
+        "old answer": lambda fact: fact.old_answers,
+        "rephrasings": lambda fact: fact.rephrasings,
+        "locality": lambda fact: fact.locality,
+        "portability": lambda fact: fact.portability,
+    }
+    return {name: sum(bool(part(fact)) for fact in facts) for name, part in parts.items()}
+
+
+def _counts(counts: dict[str, int], total: int) -> str:
+    """Names, with the count where it is not the total."""
+    return ", ".join(name if count == total else f"{name} ({count} of {total})" for name, count in counts.items())
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+    return [f"  {title}:", *(f"    {line}" for line in lines)] if lines else []
+
+
+def _bad_rows(rows: list[dict[str, str]]) -> list[str]:
+    lines = [f"{row['where']}: {row['reason']}" for row in rows[:_NUM_SHOWN]]
+    if len(rows) > _NUM_SHOWN:
+        lines.append(f"and {len(rows) - _NUM_SHOWN} more (--json lists all)")
+    return _section(f"malformed records: {len(rows)}", lines)
+
+
+def _example(example: dict[str, Any]) -> list[str]:
+    old = _alternatives(example["old_answers"]) or "(none)"
+    parts = [f"[{example['id']}] {example['prompt']}", f"  {old} -> {example['new_answer']}"]
+    parts += [f"  rephrased: {text}" for text in example["rephrasings"][:2]]
+    for name in ("locality", "portability"):
+        parts += [f"  {name}: {probe['prompt']} -> {_alternatives(probe['answers'])}" for probe in example[name][:2]]
+    return [textwrap.shorten(part.strip(), 160, placeholder=" ...") if len(part) > 160 else part for part in parts]
+
+
+def _alternatives(answers: list[str]) -> str:
+    more = f" | ({len(answers) - 3} more)" if len(answers) > 3 else ""
+    return " | ".join(answers[:3]) + more

@@ -1,0 +1,33 @@
+"""The table of schemas: how each is recognised by a record's fields, and how a record becomes facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pipeline.facts.fact import Fact
+from pipeline.facts.readers import alpaca, counterfact, flearn, knowedit, mquake, qaedit, rome, zsre
+
+
+class Reader(NamedTuple):
+    """`matches` says whether a record has the schema's shape; `read` takes it and a default id, and raises RowError."""
+
+    matches: Callable[[dict[str, Any]], bool]
+    read: Callable[[dict[str, Any], str], list[Fact]]
+
+
+READERS: dict[str, Reader] = {
+    "flearn": Reader(flearn.matches, flearn.read),
+    "zsre": Reader(zsre.matches, zsre.read),
+    "rome": Reader(rome.matches, rome.read),
+    "mquake": Reader(mquake.matches, mquake.read),
+    "counterfact": Reader(counterfact.matches, counterfact.read),
+    "knowedit": Reader(knowedit.matches, knowedit.read),
+    "qaedit": Reader(qaedit.matches, qaedit.read),
+    "alpaca": Reader(alpaca.matches, alpaca.read),
+}
+
+
+def detect(row: dict[str, Any]) -> str | None:
+    """The first schema that a record has the shape of."""
+    return next((name for name, reader in READERS.items() if reader.matches(row)), None)
