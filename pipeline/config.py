@@ -6,44 +6,18 @@ Fields marked `placement` say how or where to run, never what comes out: they do
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.errors import InputError
+from pipeline.settings import PLACEMENT, Section, check, merge, parse_overrides, read_yaml
 
 Method = Literal["full_ft", "lora", "flearn_ft", "flearn_lora", "flearn_lora_ft"]
 Protocol = Literal["token", "probability", "generation"]
-
-_PLACEMENT: dict[str, Any] = {"placement": True}
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def recipe(self) -> dict[str, Any]:
-        """The fields that decide the result, as plain JSON values; `placement` fields left out."""
-        return {
-            name: _plain(getattr(self, name))
-            for name, field in type(self).model_fields.items()
-            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("placement"))
-        }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Section):
-        return value.recipe()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 class TinyModel(Section):
@@ -60,7 +34,7 @@ class TinyModel(Section):
 class Model(Section):
     """The base model: exactly one of `path` and `tiny`."""
 
-    path: str | None = Field(None, json_schema_extra=_PLACEMENT)
+    path: str | None = Field(None, json_schema_extra=PLACEMENT)
     """A Hugging Face model folder (its content enters the fingerprint), a hub id such as `meta-llama/Llama-2-7b-hf`, or the
     name of a model that `flearn models fetch` fetched."""
     revision: str | None = None
@@ -77,7 +51,7 @@ class Model(Section):
 class Facts(Section):
     """The facts to forget and to learn."""
 
-    path: str | list[str] = Field(json_schema_extra=_PLACEMENT)
+    path: str | list[str] = Field(json_schema_extra=PLACEMENT)
     """A file, a hub data set id, or [old file, new file] for a pair of Alpaca files. Its content enters the fingerprint."""
     format: Literal["auto", "flearn", "zsre", "counterfact", "rome", "knowedit", "mquake", "qaedit", "alpaca"] = "auto"
     old_answer: Literal["pred", "answers"] = "pred"
@@ -104,7 +78,7 @@ class Training(Section):
     lr: float = Field(5e-5, gt=0)
     batch_size: int = Field(64, gt=0)
     """Records per optimizer step, over all ranks and accumulation steps together."""
-    micro_batch_size: int = Field(4, gt=0, json_schema_extra=_PLACEMENT)
+    micro_batch_size: int = Field(4, gt=0, json_schema_extra=PLACEMENT)
     """Records per forward pass of one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Weights and activations of the forward pass; masters and moments are always fp32."""
@@ -117,8 +91,8 @@ class Training(Section):
     """Longest prompt + answer in tokens; a longer record is an error, never cut in silence."""
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 2}})
     """A DeepSpeed config, or the path of its JSON file; "auto" values are filled in."""
-    gradient_checkpointing: bool = Field(False, json_schema_extra=_PLACEMENT)
-    checkpoint_every_steps: int = Field(200, gt=0, json_schema_extra=_PLACEMENT)
+    gradient_checkpointing: bool = Field(False, json_schema_extra=PLACEMENT)
+    checkpoint_every_steps: int = Field(200, gt=0, json_schema_extra=PLACEMENT)
     """Optimizer steps between two checkpoints to resume from."""
 
 
@@ -146,14 +120,14 @@ class Forget(Section):
     """The paper's lambda: one number, or one per method."""
     dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    max_shard_size: str = Field("2GB", json_schema_extra=_PLACEMENT)
+    max_shard_size: str = Field("2GB", json_schema_extra=PLACEMENT)
 
 
 class Evaluate(Section):
     """Which scores to take, on every state of the model."""
 
     protocols: list[Protocol] = Field(["token", "probability", "generation"], min_length=1)
-    batch_size: int = Field(32, gt=0, json_schema_extra=_PLACEMENT)
+    batch_size: int = Field(32, gt=0, json_schema_extra=PLACEMENT)
     max_new_tokens: int = Field(24, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 halves the memory, but rounds a small subtraction away: the forgotten model then scores like the original."""
@@ -211,67 +185,12 @@ def load(path: Path, overrides: list[str] | None = None) -> Experiment:
 
     Raises InputError naming the file and the field, with the nearest right name for an unknown key.
     """
-    values = _read_yaml(path)
-    folder = path.absolute().parent
-    _resolve_paths(values, folder)
-    changed: dict[str, Any] = {}
-    for override in overrides or []:
-        key, value = _parse_override(override)
-        _assign(changed, key, value)
+    values = read_yaml(path)
+    _resolve_paths(values, path.absolute().parent)
+    changed = parse_overrides(overrides or [])
     _resolve_paths(changed, Path.cwd())
-    _merge(values, changed)
-    try:
-        return Experiment.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_describe(error)}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such config file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected an experiment's fields, found {type(values).__name__}")
-    return values
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML 1.1 reads 5e-5 as a string; experiments are full of such numbers."""
-
-
-_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {text}: expected KEY=VALUE, for example --set forget.scale=0.5")
-    try:
-        return key, yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {text}: {' '.join(str(error).split())}") from None
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise InputError(f"--set {key}: {parent} was already set to a single value")
-    values[last] = value
-
-
-def _merge(values: dict[str, Any], changed: dict[str, Any]) -> None:
-    """Overrides replace single values and extend sections; a DeepSpeed config or a list is replaced as a whole."""
-    for key, value in changed.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge(values[key], value)
-        else:
-            values[key] = value
+    merge(values, changed)
+    return check(Experiment, values, path)
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
@@ -287,6 +206,9 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model["path"] = _local(model["path"], folder)
+    cluster = values.get("cluster")
+    if isinstance(cluster, dict) and isinstance(cluster.get("site"), str):
+        cluster["site"] = os.path.normpath(folder / cluster["site"])
 
 
 def _local(path: Any, folder: Path) -> Any:
@@ -309,36 +231,3 @@ def _read_deepspeed(path: Path, field: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{field}: {path}: expected a JSON object")
     return content
-
-
-def _describe(error: ValidationError) -> str:
-    """Every problem that pydantic found, on one line."""
-    return "; ".join(_describe_one(problem) for problem in error.errors())
-
-
-def _describe_one(problem: Any) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", "dict[", "list["))]
-    field = ".".join(str(part) for part in location)
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
-        parents = "".join(f"{part}." for part in location[:-1])
-        return f"{field}: unknown key" + (f"; did you mean {parents}{near[0]}?" if near else "")
-    if problem["type"] == "missing":
-        return f"{field}: missing; this field is required"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = json.dumps(problem["input"], default=str)
-    shown = f" (given: {given})" if field and len(given) < 80 else ""
-    return f"{field}: {message}{shown}" if field else message
-
-
-def _known_keys(location: list[Any]) -> list[str]:
-    section: type[Section] = Experiment
-    for part in location:
-        field = section.model_fields.get(part)
-        if field is None:
-            return []
-        inner = [c for c in (field.annotation, *get_args(field.annotation)) if isinstance(c, type) and issubclass(c, Section)]
-        if not inner:
-            return []
-        section = inner[0]
-    return list(section.model_fields)

@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline import artifact
 from pipeline.artifact import Artifact
-from pipeline.config import Experiment, Section
+from pipeline.config import Experiment
 from pipeline.errors import InputError
 from pipeline.models.packaged import resolve
+from pipeline.settings import Section
 
 
 class Stage(NamedTuple):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. A room on one line may import rooms on lines above it here, never its neighbours on the same line.
 ORDER = [
     ["pipeline.errors"],
-    ["pipeline.config", "pipeline.artifact"],
+    ["pipeline.settings", "pipeline.artifact"],
+    ["pipeline.config"],
     ["pipeline.context"],
     ["pipeline.facts", "pipeline.weights"],
     ["pipeline.models"],

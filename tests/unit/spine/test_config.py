@@ -81,7 +81,7 @@ def test_refusals_name_the_field(load, extra: str, words: str) -> None:
 
 def test_refusals_name_the_file(load, tmp_path: Path) -> None:
     assert "small.yaml: not a YAML file" in refusal(load, "a: [")
-    assert "small.yaml: expected an experiment's fields" in refusal(load, "- a")
+    assert "small.yaml: expected a mapping of settings" in refusal(load, "- a")
     assert "name: missing" in refusal(load, "methods: [lora]")
     with pytest.raises(InputError, match="no such config file"):
         config.load(tmp_path / "absent.yaml")
