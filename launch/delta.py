@@ -1,0 +1,80 @@
+"""`flearn delta`: subtract what a fine-tuning changed, look into weights, check and undo the result."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SOURCE = "a model folder, a ZeRO checkpoint, an adapter folder, ..."
+
+
+def add_parser(commands: Any) -> None:
+    """Add `delta` to the command line."""
+    group = commands.add_parser("delta", help="arithmetic on weights, streamed from the disk").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    _add_subtract(group)
+
+
+def _add_subtract(group: Any) -> None:
+    parser = group.add_parser("subtract", help="write base - L * (tuned - base); run again to go on after a kill")
+    parser.add_argument("--base", required=True, type=Path, metavar="SRC", help=f"what to subtract from: {SOURCE}")
+    parser.add_argument("--tuned", required=True, type=Path, metavar="SRC", help="the base after fine-tuning, or an adapter on it")
+    parser.add_argument("--scale", required=True, type=float, metavar="L", help="the paper's lambda")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder for the result")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "same"], default="float32", help="how weights are stored")
+    parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest", help="to 16 bits; stochastic keeps the mean")
+    _add_writing(parser)
+    parser.set_defaults(handler=_subtract)
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of one safetensors file (default 2GB)")
+
+
+def _subtract(arguments: argparse.Namespace) -> int:
+    from pipeline.delta.subtract import subtract
+
+    with _bar("subtracting") as progress:
+        manifest = subtract(
+            arguments.base,
+            arguments.tuned,
+            arguments.scale,
+            arguments.out,
+            dtype=arguments.dtype,
+            rounding=arguments.rounding,
+            max_shard_size=arguments.max_shard_size,
+            progress=progress,
+        )
+    print(_summary(manifest, arguments.out))
+    return 0
+
+
+def _summary(manifest: dict[str, Any], out: Path) -> str:
+    survival = manifest["survival"]
+    lines = [f"{out}: {manifest['num_bytes'] / 1e9:.2f} GB in {len(manifest['shards'])} shards, {manifest['dtype']}"]
+    if survival["projection"] is not None:
+        lines.append(
+            f"survival: {survival['share_changed']:.1%} of the weights changed; {survival['projection']:.1%} of the intended change"
+            f" is stored (cosine {survival['cosine'] or 0:.3f}, norm {survival['norm_ratio']:.2f} times the intended)"
+        )
+    return "\n".join(lines + [f"warning: {warning}" for warning in manifest["warnings"]])
+
+
+@contextmanager
+def _bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of bytes, bytes a second and time left, on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda num_done, num_bytes: bar.update(task, completed=num_done, total=num_bytes)

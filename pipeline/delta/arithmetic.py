@@ -1,0 +1,124 @@
+"""The arithmetic of forgetting on slices of a tensor: theta' = base - scale * (tuned - base), in float32.
+
+The order of operations is fixed: d = tuned - base, s = scale * d, theta' = base - s, each rounded once to the nearest
+float32 (never fused), scale itself rounded to float32. Then, once, to the stored dtype. Each element depends on its own
+inputs alone, so that any way of slicing, on any number of workers, gives the same bytes. An adapter gives d directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pipeline.delta.survival import Survival
+
+Rounding = Literal["nearest", "stochastic"]
+
+BLOCK_ELEMENTS = 1 << 16
+"""Elements computed at a time, so that intermediate results (40 bytes an element) stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What is computed for every weight: `scale` is the paper's lambda; `seed` matters to stochastic rounding alone."""
+
+    scale: float
+    rounding: Rounding = "nearest"
+    seed: int = 0
+
+
+class Arithmetic:
+    """One thread's scratch memory, and what is computed in it. `out` tensors are written to; all tensors are 1-D."""
+
+    def __init__(self, formula: Formula) -> None:
+        self.formula = formula
+        self._base, self._delta, self._result, self._reference = torch.empty(4, BLOCK_ELEMENTS, dtype=torch.float32)
+        self._wide_base, self._wide_delta, self._wide_change = torch.empty(3, BLOCK_ELEMENTS, dtype=torch.float64)
+
+    def subtract(self, name: str, start: int, base: torch.Tensor, other: torch.Tensor, out: torch.Tensor, is_delta: bool) -> Survival:
+        """Elements [start, start + len) of the tensor `name`: theta' to `out`, and what survived in it.
+
+        `other` holds the tuned values, or with `is_delta` the difference tuned - base itself.
+        """
+        survival = Survival()
+        for begin in range(0, base.numel(), BLOCK_ELEMENTS):
+            block = slice(begin, begin + BLOCK_ELEMENTS)
+            survival.add(self._subtract_block(name, start + begin, base[block], other[block], out[block], is_delta))
+        return survival
+
+    def _subtract_block(
+        self, name: str, start: int, base: torch.Tensor, other: torch.Tensor, out: torch.Tensor, is_delta: bool
+    ) -> Survival:
+        count = base.numel()
+        base32, delta, result = self._base[:count].copy_(base), self._delta[:count].copy_(other), self._result[:count]
+        if not is_delta:
+            torch.sub(delta, base32, out=delta)
+        torch.mul(delta, self.formula.scale, out=result)
+        torch.sub(base32, result, out=result)
+        self._store(name, start, result, out)
+        return self._measure(base32, delta, out)
+
+    def cast(self, name: str, start: int, base: torch.Tensor, out: torch.Tensor) -> None:
+        """Elements of a tensor that nothing is subtracted from: `base` to `out`, in `out`'s dtype."""
+        for begin in range(0, base.numel(), BLOCK_ELEMENTS):
+            block = slice(begin, begin + BLOCK_ELEMENTS)
+            values = base[block]
+            self._store(name, start + begin, self._result[: values.numel()].copy_(values), out[block])
+
+    def _store(self, name: str, start: int, values: torch.Tensor, out: torch.Tensor) -> None:
+        if self.formula.rounding == "stochastic" and out.dtype in (torch.bfloat16, torch.float16):
+            out.copy_(round_stochastically(values, out.dtype, draws(self.formula.seed, name, start, values.numel())))
+        else:
+            out.copy_(values)
+
+    def _measure(self, base: torch.Tensor, delta: torch.Tensor, out: torch.Tensor) -> Survival:
+        count = base.numel()
+        wide_base, wide_delta, change = (
+            self._wide_base[:count].copy_(base),
+            self._wide_delta[:count].copy_(delta),
+            self._wide_change[:count],
+        )
+        base_square = float(torch.dot(wide_base, wide_base))
+        if out.dtype in (torch.bfloat16, torch.float16):
+            wide_base.copy_(self._reference[:count].copy_(base.to(out.dtype)))
+        torch.sub(change.copy_(out), wide_base, out=change)
+        return Survival(
+            num_elements=count,
+            num_changed=int(torch.count_nonzero(change)),
+            base_square=base_square,
+            delta_square=float(torch.dot(wide_delta, wide_delta)),
+            change_square=float(torch.dot(change, change)),
+            delta_change=float(torch.dot(wide_delta, change)),
+        )
+
+
+def draws(seed: int, name: str, start: int, count: int) -> torch.Tensor:
+    """Random 16-bit numbers (int32) of the elements [start, start + count) of the tensor `name`.
+
+    Element i has the i-th 16 bits of the Philox stream whose key is made of seed and name, whoever asks for it.
+    """
+    key = np.frombuffer(sha256(f"{seed}\0{name}".encode()).digest()[:16], dtype="<u8")
+    first = start // 16  # one step of Philox' counter gives 4 words of 64 bits
+    num_words = -(-(start + count) // 16) * 4 - first * 4
+    words = np.random.Philox(key=key, counter=[first, 0, 0, 0]).random_raw(num_words)
+    numbers = words.astype("<u8", copy=False).view("<u2")[start - first * 16 :][:count]
+    return torch.from_numpy(numbers.astype(np.int32))
+
+
+def round_stochastically(values: torch.Tensor, dtype: torch.dtype, numbers: torch.Tensor) -> torch.Tensor:
+    """Round float32 `values` up or down to `dtype` (bfloat16 or float16), with probabilities that keep their mean.
+
+    `numbers`: int32 of 16 random bits, one for each value. Values that `dtype` holds exactly stay.
+    """
+    bits = values.contiguous().view(torch.int32)
+    if dtype == torch.bfloat16:  # float32 with the last 16 bits cut off: adding 16 random bits carries as often as it should
+        return torch.add(bits, numbers).bitwise_and_(-1 << 16).view(torch.float32).to(dtype)
+    normal = torch.add(bits, numbers >> 3).bitwise_and_(-1 << 13).view(torch.float32)  # float16 has 13 mantissa bits less
+    steps = values * 2.0**24  # below 2**-14 float16 has an even grid, of step 2**-24
+    low = steps.floor()
+    subnormal = (low + (numbers < (steps - low) * 65536.0)) * 2.0**-24
+    return torch.where(values.abs() < 2.0**-14, subnormal, normal).to(dtype)

@@ -1,0 +1,119 @@
+"""What is done and what is not: the output folder's mark, a receipt for each finished shard, and the manifest, last.
+
+    OUT/.incomplete/recipe.json       what is being made; the folder `.incomplete` is also the mark by which readers refuse OUT
+    OUT/.incomplete/<shard>.json      receipt: written after the shard was synced and renamed into place
+    OUT/manifest.json                 written last: OUT is complete. Then `.incomplete` goes.
+
+Each of these is one file, written aside, synced and renamed, so a kill leaves it whole or absent. Workers on a shared
+folder need no lock: whatever two of them do twice ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import MANIFEST, sync_folder, write_json
+from pipeline.errors import InputError
+from pipeline.weights.shard import Shard, sweep
+from pipeline.weights.writer import INCOMPLETE
+
+_ADVICE = "give another --out, or delete this one"
+
+
+class Journal:
+    """The state of one output folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._folder = out / INCOMPLETE
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest if the output is complete, else None."""
+        return _read(self.out / MANIFEST)
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """What an unfinished output is going to be, or None if none was begun."""
+        return _read(self._folder / "recipe.json")
+
+    def claim(self, recipe: dict[str, Any]) -> dict[str, Any] | None:
+        """Begin, or go on with, making `recipe` here; the manifest if that is already done.
+
+        Raises InputError if the folder holds anything else.
+        """
+        manifest = self.manifest
+        if manifest is not None:
+            self._require_same(manifest.get("recipe", {}), recipe, "holds a finished result")
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return manifest
+        begun = self.recipe
+        if begun is None:
+            self._begin(recipe)
+            begun = self.recipe
+        self._require_same(begun or {}, recipe, "holds an unfinished result")
+        sweep(self.out)
+        return None
+
+    def _begin(self, recipe: dict[str, Any]) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out}: is not a folder; {_ADVICE}")
+        foreign = sorted(path.name for path in self.out.glob("*") if path.name != INCOMPLETE)
+        if foreign:
+            raise InputError(f"{self.out}: is not empty ({', '.join(foreign[:3])}) and was not made by this command; {_ADVICE}")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        aside = self._folder / f".recipe.{os.uname().nodename}.{os.getpid()}"
+        write_json(aside, recipe)
+        try:
+            os.link(aside, self._folder / "recipe.json")  # the first of several workers decides
+        except FileExistsError:
+            pass
+        finally:
+            aside.unlink()
+        sync_folder(self._folder)
+        sync_folder(self.out)
+
+    def _require_same(self, found: dict[str, Any], recipe: dict[str, Any], state: str) -> None:
+        differing = [key for key in sorted({*found, *recipe}) if _identity(found.get(key)) != _identity(recipe.get(key))]
+        if differing:
+            said = ", ".join(f"{key} {_short(found.get(key))} instead of {_short(recipe.get(key))}" for key in differing)
+            raise InputError(f"{self.out}: {state} of another recipe ({said}); {_ADVICE}")
+
+    def receipt(self, shard: Shard) -> dict[str, Any] | None:
+        """What was recorded of a finished shard, if it is still there; None if it has to be made."""
+        receipt = _read(self._folder / f"{shard.file_name}.json")
+        return receipt if receipt is not None and shard.is_written(self.out) else None
+
+    def record(self, shard: Shard, receipt: dict[str, Any]) -> None:
+        """Note that `shard` is in place, with what is to be known of it."""
+        write_json(self._folder / f"{shard.file_name}.json", receipt)
+
+    def commit(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest: the output is complete."""
+        sweep(self.out)
+        write_json(self.out / MANIFEST, manifest)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        sync_folder(self.out)
+
+
+def _identity(value: Any) -> Any:
+    """A recipe's field without the paths in it: a moved model is the same model."""
+    return {key: item for key, item in value.items() if key != "path"} if isinstance(value, dict) else value
+
+
+def _short(value: Any) -> str:
+    return str(value.get("path", value)) if isinstance(value, dict) else str(value)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); delete {path} and run again") from None
+    return value if isinstance(value, dict) else None

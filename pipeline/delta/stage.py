@@ -1,0 +1,65 @@
+"""The `forget` stage: theta' = original - scale * (tuned - original), straight from what the fine-tuning left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import Artifact
+from pipeline.config import Forget
+from pipeline.context import Context, log
+from pipeline.delta.subtract import Progress, subtract
+from pipeline.models.load import model_folder
+
+
+def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+    """Write the forgotten model to `out`/model, and say how much of the subtraction survived.
+
+    A fully tuned model is read from its ZeRO checkpoint, an adapter as it is: no consolidated copy is made.
+    """
+    forget = Forget.model_validate(section["forget"])
+    assert isinstance(forget.scale, float)
+    with _progress(context) as progress:
+        manifest = subtract(
+            model_folder(inputs["base"]),
+            Path(inputs["tuned"].model_path),
+            forget.scale,
+            out / "model",
+            dtype=forget.dtype,
+            rounding=forget.rounding,
+            seed=section["seed"],
+            max_shard_size=forget.max_shard_size,
+            progress=progress,
+        )
+    for warning in manifest["warnings"]:
+        log.warning("forget: %s", warning)
+    return {
+        "model": "model",
+        "model_kind": "folder",
+        "scale": forget.scale,
+        "dtype": manifest["dtype"],
+        "rounding": forget.rounding,
+        "bytes": manifest["num_bytes"],
+        "survival": manifest["survival"],
+        "layers": manifest["layers"],
+        "warnings": manifest["warnings"],
+    }
+
+
+@contextmanager
+def _progress(context: Context) -> Iterator[Progress]:
+    """A bar that starts once the sizes are known."""
+    with ExitStack() as stack:
+        bar = None
+        shown = 0
+
+        def report(num_done: int, num_bytes: int) -> None:
+            nonlocal bar, shown
+            if bar is None:
+                bar = stack.enter_context(context.progress("forget", num_bytes >> 20, "MiB"))
+            bar.advance((num_done >> 20) - shown)
+            shown = num_done >> 20
+
+        yield report
