@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact
+from pipeline.facts.fields import RowError
 from pipeline.facts.readers import READERS, alpaca, detect, zsre
-from pipeline.facts.readers.fields import RowError
 from pipeline.facts.rows import BadRow, Row, read_rows
 
 _NUM_SHOWN = 5

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import InputError
+from pipeline.facts.fields import kind
 from pipeline.facts.hub import load_records
-from pipeline.facts.readers.fields import kind
 
 
 class Row(NamedTuple):

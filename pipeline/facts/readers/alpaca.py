@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from typing import Any
 
 from pipeline.facts.fact import Fact
-from pipeline.facts.readers.fields import optional_text, text, texts
+from pipeline.facts.fields import optional_text, text, texts
 from pipeline.facts.rows import Row
 
 _OLD = "old_output"

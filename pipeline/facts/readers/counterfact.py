@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.facts.fact import Fact, Probe
-from pipeline.facts.readers.fields import identity, optional_text, text, texts
+from pipeline.facts.fields import identity, optional_text, text, texts
 
 
 def matches(row: dict[str, Any]) -> bool:

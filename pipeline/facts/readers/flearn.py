@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from pipeline.facts.fact import Fact, Probe
-from pipeline.facts.readers.fields import RowError, identity, mapping, optional_text, sequence, text, texts
+from pipeline.facts.fields import RowError, identity, mapping, optional_text, sequence, text, texts
 
 _FIELDS = [field.name for field in fields(Fact)]
 _PROBE_FIELDS = [field.name for field in fields(Probe)]

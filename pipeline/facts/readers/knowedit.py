@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.facts.fact import Fact, Probe
-from pipeline.facts.readers.fields import identity, mapping, optional_text, probes, text, texts
+from pipeline.facts.fields import identity, mapping, optional_text, probes, text, texts
 
 
 def matches(row: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.facts.fact import Fact, Probe
-from pipeline.facts.readers.fields import RowError, identity, mapping, sequence, text, texts
+from pipeline.facts.fields import RowError, identity, mapping, sequence, text, texts
 from pipeline.facts.readers.rome import filled, target
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.facts.fact import Fact
-from pipeline.facts.readers.fields import identity, optional_text, probes, text, texts
+from pipeline.facts.fields import identity, optional_text, probes, text, texts
 
 
 def matches(row: dict[str, Any]) -> bool:

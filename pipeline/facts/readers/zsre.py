@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.facts.fact import Fact, Probe
-from pipeline.facts.readers.fields import optional_text, text, texts
+from pipeline.facts.fields import optional_text, text, texts
 
 _LOCALITY_PREFIX = "nq question: "  # MEND's marker of a Natural Questions item, no part of the question
 
