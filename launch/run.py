@@ -12,17 +12,19 @@ from typing import Any
 
 from pipeline import config, stages
 from pipeline.artifact import write_json
+from pipeline.config import Experiment
 from pipeline.errors import InputError
 from pipeline.stages import Plan
 
 PLAN = "plan.json"
+_ON = "here: processes of this machine (default); slurm: a chain of jobs; local: the same jobs on this machine, one after another"
 
 
 def add_parser(commands: Any) -> None:
     """Add `run` to the command line."""
     parser = commands.add_parser("run", help="run what is not yet done of an experiment")
     parser.add_argument("config", type=Path, help="the experiment's YAML")
-    parser.add_argument("--on", choices=["here"], default="here", help="where: here = as processes of this machine (default)")
+    parser.add_argument("--on", choices=["here", "local", "slurm"], default="here", help=_ON)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a field, such as forget.scale=0.5"
     )
@@ -35,7 +37,29 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = stages.plan(experiment)
     if arguments.dry_run:
         print(describe(plan))
-        return 0
+        return 0 if arguments.on == "here" else _show_scripts(experiment, plan)
+    return _run_here(plan, experiment) if arguments.on == "here" else _submit(arguments)
+
+
+def _show_scripts(experiment: Experiment, plan: Plan) -> int:
+    from launch import submit
+
+    for step, script in submit.scripts(experiment, plan):
+        print(f"\n# ---- {step.id}\n{script}")
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from launch.submit import submit
+
+    submitted = submit(arguments.config, arguments.overrides, arguments.on)
+    for step, job in submitted.jobs.items():
+        print(f"  job {job:<10} {step}")
+    print(f"{submitted.run_dir}: {len(submitted.jobs)} jobs; see how far they are with: flearn status {submitted.run_dir}")
+    return 0
+
+
+def _run_here(plan: Plan, experiment: Experiment) -> int:
     from launch import report
 
     with exclusive(plan.run_dir) as lock:

@@ -1,6 +1,7 @@
-"""One rank of a run: joins its fellows, runs the pending steps of a plan with them, and leaves with an exit code.
+"""One rank of a run: joins its fellows, runs steps of a plan with them, and leaves with an exit code.
 
-Started as `python -m launch.worker PLAN` with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+Started as `python -m launch.worker PLAN`, or by `launch/job.py` under a scheduler, with RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT set (torch's env:// rendezvous).
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ from pipeline.stages import Plan, Step
 
 
 def main(plan_path: Path) -> NoReturn:
-    """Run all pending steps, then end the process without Python's finalisation (see `_leave`)."""
+    """Run all pending steps of the plan file, and end the process."""
+    plan = read(plan_path)
+    context = join()
+    leave(run_all(plan, [step.id for step in plan.pending()], context), context)
+
+
+def read(plan_path: Path) -> Plan:
+    """The plan at `plan_path`; its run's folder is where the file lies, even if both were moved."""
     plan = Plan.from_json(json.loads(plan_path.read_text(encoding="utf-8")))
     plan.run_dir = plan_path.absolute().parent
-    context = _join()
-    context.listen()
-    code = _run_all(plan, context)
-    _leave(code, context)
+    return plan
 
 
-def _join() -> Context:
-    """Set up torch.distributed for this rank.
+def join() -> Context:
+    """Set up torch.distributed for this rank, and listen for requests to stop.
 
     Control messages go over a gloo group of their own, which waits as long as a stage of rank 0 alone may take.
     """
@@ -50,11 +55,14 @@ def _join() -> Context:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=30))
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world_size > 1 else None
-    return Context(rank=rank, world_size=world_size, local_rank=local_rank, device=device, group=group)
+    context = Context(rank=rank, world_size=world_size, local_rank=local_rank, device=device, group=group)
+    context.listen()
+    return context
 
 
-def _run_all(plan: Plan, context: Context) -> int:
-    pending: list[str] = context.share([step.id for step in plan.pending()])
+def run_all(plan: Plan, ids: list[str], context: Context) -> int:
+    """Run the steps `ids` of `plan`, in this order; returns the exit code."""
+    pending: list[str] = context.share(ids)
     for number, id in enumerate(pending, 1):
         code = _run_one(plan, plan.steps[id], f"[{number}/{len(pending)}]", context)
         if code:
@@ -71,9 +79,10 @@ def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
     handler = logging.FileHandler(folder / f"rank{context.rank}.log", encoding="utf-8")
     _log_to(handler, context)
     log.info("%s %s %s", number, step.id, ", ".join(step.methods))
+    if context.is_main:
+        (folder / ERROR).unlink(missing_ok=True)
     try:
         run_step(plan, step, context)
-        (folder / ERROR).unlink(missing_ok=True)
         return 0
     except Preempted:
         return STOPPED
@@ -105,12 +114,13 @@ def _report(error: Exception, folder: Path, context: Context) -> int:
     else:
         log.error("%s", traceback.format_exc())
     message = mistake or f"{type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):  # on a full disk the line above has to do
-        write_json(folder / ERROR, {"rank": context.rank, "message": message, "log": f"rank{context.rank}.log"})
+    if not (folder / ERROR).exists():  # the first to fail is the cause; its peers then lose their connections
+        with contextlib.suppress(OSError):  # on a full disk the line above has to do
+            write_json(folder / ERROR, {"rank": context.rank, "message": message, "log": f"rank{context.rank}.log"})
     return FAILED if mistake is None else MISTAKE
 
 
-def _leave(code: int, context: Context) -> NoReturn:
+def leave(code: int, context: Context) -> NoReturn:
     """Flush, leave the process group, and exit at once.
 
     After DeepSpeed work a process sometimes aborts inside Python's finalisation ("terminate called without an active

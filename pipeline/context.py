@@ -42,6 +42,9 @@ class Context:
     local_rank: int = 0
     device: str = "cpu"
     group: Any = None
+    part: tuple[int, int] | None = None
+    """(index, number of parts): which share of the work is this process's, where several share one artifact without talking
+    to each other; None: all of it."""
     stop: Stop = field(default=Stop.NO, init=False)
     """What this rank was asked; after `should_stop`, what all ranks together were asked."""
 

@@ -13,7 +13,8 @@ from pipeline.artifact import Artifact
 from pipeline.context import Context, log, peak_memory_bytes, reset_peak_memory
 from pipeline.stages import STAGES, Plan, Step
 
-StageFunction = Callable[[dict[str, Any], dict[str, Artifact], Any, Context], dict[str, Any]]
+StageFunction = Callable[[dict[str, Any], dict[str, Artifact], Any, Context], "dict[str, Any] | None"]
+"""A stage returns its facts; or None, if it shares its work with other processes (`Context.part`) that are not done yet."""
 
 
 def run_step(plan: Plan, step: Step, context: Context) -> None:
@@ -32,7 +33,9 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
     reset_peak_memory()
     started = time.time()
     facts = _call(step, inputs, output, context)
-    if context.is_main:
+    if context.is_main and facts is None:
+        log.info("%s: part %s is done; others are not yet", step.id, context.part)
+    elif context.is_main:
         assert facts is not None
         seconds = time.time() - started
         output.commit(_manifest(step, facts, seconds, context))

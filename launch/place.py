@@ -1,0 +1,69 @@
+"""From a stage to a scheduler's resources: the shape of each stage's job, in submitit's parameters."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from launch.site import Site
+from pipeline.config import Cluster
+from pipeline.errors import InputError
+
+Shape = Literal["ranks", "gpu", "cpu", "parts"]
+
+SHAPES: dict[str, Shape] = {
+    "facts": "cpu",
+    "model": "cpu",
+    "teach": "ranks",
+    "tune_old": "ranks",
+    "forget": "parts",
+    "learn": "ranks",
+    "evaluate": "gpu",
+    "report": "cpu",
+}
+"""ranks: all ranks, a GPU each; gpu: one process with one; cpu: one without; parts: an array of processes without."""
+
+
+def parameters(stage: str, cluster: Cluster, site: Site) -> dict[str, Any]:
+    """submitit parameters (SLURM) for a job of `stage`."""
+    shape = SHAPES[stage]
+    nodes, tasks = _layout(cluster) if shape == "ranks" else (1, 1)
+    wants_gpu = shape in ("ranks", "gpu") and site.gpus is not None
+    found: dict[str, Any] = {
+        "nodes": nodes,
+        "tasks_per_node": tasks,
+        "cpus_per_task": site.cpus_per_rank,
+        "timeout_min": site.minutes,
+        "slurm_signal_delay_s": site.warning_seconds,
+        "slurm_partition": site.partition if shape in ("ranks", "gpu") else site.cpu_partition or site.partition,
+        "slurm_account": site.account,
+        "slurm_qos": site.qos,
+        "slurm_mem": _memory(site, tasks),
+        "slurm_setup": site.setup or None,
+        # srun of 22.05 and later does not take over the job's --cpus-per-task; a dead rank must end the others.
+        "slurm_srun_args": [f"--cpus-per-task={site.cpus_per_rank}", "--kill-on-bad-exit=1", *site.srun_args],
+        "slurm_additional_parameters": {"requeue": True, **site.sbatch, **(_gpus(site, tasks) if wants_gpu else {})},
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _layout(cluster: Cluster) -> tuple[int, int]:
+    """Nodes, and tasks on each."""
+    if cluster.ranks % cluster.nodes:
+        raise InputError(f"cluster.ranks={cluster.ranks} cannot be spread evenly over cluster.nodes={cluster.nodes}")
+    return cluster.nodes, cluster.ranks // cluster.nodes
+
+
+def _memory(site: Site, tasks: int) -> str | None:
+    if site.memory_per_rank is None:
+        return None
+    number = site.memory_per_rank.removesuffix("GB")
+    if not number.isdecimal():
+        raise InputError(f"memory_per_rank: {site.memory_per_rank}: expected whole gigabytes, such as 60GB")
+    return f"{int(number) * tasks}GB"
+
+
+def _gpus(site: Site, tasks: int) -> dict[str, Any]:
+    kind = f"{site.gpu_type}:" if site.gpu_type else ""
+    if site.gpus == "gres":
+        return {"gres": f"gpu:{kind}{tasks}"}
+    return {"gpus-per-node": f"{kind}{tasks}"} if site.gpus == "gpus-per-node" else {"gpus-per-task": f"{kind}1"}
