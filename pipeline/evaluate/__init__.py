@@ -1,0 +1,1 @@
+"""Scores of a model on facts, under three named protocols: token, probability and generation."""

@@ -1,0 +1,34 @@
+"""The table of protocols: what each asks of the model and how it scores a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from pipeline.evaluate import generation, probability, token
+from pipeline.evaluate.outputs import Outputs, Pair
+from pipeline.facts.fact import Fact
+
+Json = dict[str, Any]
+
+
+class Protocol(NamedTuple):
+    """One way of scoring a model. `score(fact, outputs, reference)` returns `scores` by metric (None: there is none) and raw outputs.
+
+    `reference` is what `score` returned for the same fact and the original model, or None for the original model itself.
+    """
+
+    pairs: Callable[[Fact], Iterable[Pair]]
+    questions: Callable[[Fact], Iterable[str]]
+    score: Callable[[Fact, Outputs, Json | None], Json]
+
+
+def _nothing(fact: Fact) -> Iterator[Any]:
+    return iter(())
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "token": Protocol(token.pairs, _nothing, token.score),
+    "probability": Protocol(probability.pairs, _nothing, probability.score),
+    "generation": Protocol(_nothing, generation.questions, generation.score),
+}
