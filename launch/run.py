@@ -6,7 +6,7 @@ import argparse
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _run_here(plan: Plan, experiment: Experiment) -> int:
     from launch import report
 
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return _run_as_rank(plan)
     with exclusive(plan.run_dir) as lock:
         write_json(plan.run_dir / PLAN, plan.to_json())
         pending = list(plan.pending())
@@ -77,6 +79,22 @@ def _run_here(plan: Plan, experiment: Experiment) -> int:
         report.publish(plan)
         report.show(plan)
     return 0
+
+
+def _run_as_rank(plan: Plan) -> int:
+    """Be one rank among those that torchrun or srun started with this same command, perhaps on several machines."""
+    from launch import report, worker
+
+    is_main = os.environ["RANK"] == "0"
+    with exclusive(plan.run_dir) if is_main else nullcontext():
+        if is_main:
+            write_json(plan.run_dir / PLAN, plan.to_json())
+        context = worker.join()
+        code = worker.run_all(plan, [step.id for step in plan.pending()], context)
+        if is_main and code == 0:
+            report.publish(plan)
+            report.show(plan)
+        worker.leave(code, context)
 
 
 def describe(plan: Plan) -> str:

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=flearn
+#SBATCH --output=flearn-%j.log
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+: "${SLURM_JOB_ID:?submit it with: sbatch [--gres=gpu:4 ...] slurm/single_allocation.sh [CONFIG] [--set KEY=VALUE ...]}"
+
+# The whole run inside one allocation, for sites with long queues: every task of the allocation is a rank, and the stages
+# run one after another. Told of its time limit, it saves and queues itself again; the same command also goes on by hand.
+# How many GPUs, which partition: options of sbatch.
+set -euo pipefail
+
+config=configs/llama2_7b_zsre.yaml
+if [[ $# -gt 0 && $1 != --* ]]; then
+    config=$1
+    shift
+fi
+
+cd "${SLURM_SUBMIT_DIR:?}"
+export PATH=$PWD/.venv/bin:$PATH
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) WORLD_SIZE=$SLURM_NTASKS
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+status=0
+# shellcheck disable=SC2016 # each task sets its own rank
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec flearn run "$@"' flearn "$config" "$@" || status=$?
+# 75: saved, and willing to go on (launch/outcome.py).
+if [[ $status -eq 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"
