@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Prompt
@@ -128,9 +129,9 @@ class Prompter:
 
     def _own_prefix(self) -> list[int]:
         """The special tokens that the tokenizer itself puts before a text."""
-        with_special: list[int] = self._tokenizer("a")["input_ids"]
-        special = self._tokenizer("a", add_special_tokens=False)["input_ids"][0]
-        return with_special[: with_special.index(special)]
+        opened = self._tokenizer("a", return_special_tokens_mask=True)
+        marked = zip(opened["input_ids"], opened["special_tokens_mask"], strict=True)
+        return [token for token, _ in takewhile(lambda pair: pair[1], marked)]
 
     def _open(self, body: list[int]) -> list[int]:
         """`body` opened by what comes before a text: one BOS, none, or whatever the tokenizer puts there."""
