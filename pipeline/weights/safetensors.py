@@ -8,19 +8,18 @@ before any tensor is touched. Format: 8 bytes of header length (little endian), 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Container, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import InputError
+from pipeline.weights.layout import find_weight_files
 from pipeline.weights.pread import PreadFile
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
 from pipeline.weights.stored import Piece, StoredSource, StoredTensor
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+INDEX = SINGLE + ".index.json"
 DTYPE_OF_TAG = {
     "F64": "float64",
     "F32": "float32",
@@ -61,12 +60,11 @@ class SafetensorsSource(StoredSource):
 
     def __init__(self, path: Path) -> None:
         """Raises InputError for a damaged file, and for shards or tensors that the index names but that are absent (all of them)."""
-        super().__init__()
-        folder, names, weight_map = _layout(path)
-        require_files(folder, names)
-        for name in names:
-            self._add_file(PreadFile(folder / name), weight_map)
-        require_tensors(path, self.tensors, weight_map)
+        super().__init__(path)
+        files = find_weight_files(path, SINGLE, INDEX, "*.safetensors")
+        for name in files.names:
+            self._add_file(PreadFile(files.folder / name), files.weight_map)
+        files.require(self.tensors)
         self.aliases = {alias: owner for alias, owner in self.aliases.items() if alias not in self.tensors and owner in self.tensors}
 
     def _add_file(self, file: PreadFile, weight_map: dict[str, str]) -> None:
@@ -80,59 +78,6 @@ class SafetensorsSource(StoredSource):
                 other = self._stored[info.name].pieces[0].file.path.name
                 raise InputError(f"{file.path}: holds {info.name!r}, which {other} holds too; remove one of the files")
             self.add(info.name, info.shape, StoredTensor(info.dtype, (Piece(file, offset, info.num_elements),)))
-
-
-def _layout(path: Path) -> tuple[Path, list[str], dict[str, str]]:
-    """The folder, the names of its safetensors files in order, and the index's {tensor: file} (empty without an index)."""
-    if path.is_file():
-        return path.parent, [path.name], {}
-    if (path / SINGLE).is_file():  # as transformers does, where there is an index too
-        return path, [SINGLE], {}
-    if (path / INDEX).is_file():
-        weight_map = read_index(path / INDEX)
-        return path, sorted(set(weight_map.values())), weight_map
-    names = sorted(file.name for file in path.glob("*.safetensors"))
-    if not names:
-        raise InputError(f"{path}: holds no safetensors file")
-    return path, sorted({shard for name in names for shard in _siblings(name)}), {}
-
-
-def _siblings(name: str) -> Iterator[str]:
-    """The names of all shards of the set that `name` says it is one of (`model-00002-of-00003.safetensors`)."""
-    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)", name)
-    if not match:
-        yield name
-        return
-    stem, _, count, suffix = match.groups()
-    yield from (f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1))
-
-
-def require_files(folder: Path, names: list[str]) -> None:
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise InputError(f"{folder}: shards are missing: {', '.join(absent)}; get them again")
-
-
-def require_tensors(path: Path, tensors: Container[str], weight_map: dict[str, str]) -> None:
-    """Raises InputError naming every tensor that the index `weight_map` promises and `tensors` lacks."""
-    absent = [f"{name} ({file})" for name, file in weight_map.items() if name not in tensors]
-    if absent:
-        raise InputError(f"{path}: the index names tensors that their shards do not hold: {', '.join(absent)}")
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """An index's {tensor name: file name}, for safetensors and torch shards alike. File names stay inside the folder, or InputError."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON index ({type(error).__name__}); get it again") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{path}: has no weight_map; it is not an index of shards")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or "/" in file or "\\" in file or "\0" in file or file in (".", ".."):
-            raise InputError(f"{path}: {name!r} lies in {file!r}, which is not a file name inside the folder")
-    return weight_map
 
 
 def read_header(file: PreadFile) -> Header:

@@ -7,8 +7,8 @@ of checkpoints are written as an algebra of `StoredTensor`s, and reading is writ
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.errors import InputError
 from pipeline.weights.pread import PreadFile
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
 
@@ -84,9 +85,12 @@ class StoredTensor:
 
 
 def join(tensors: Iterable[StoredTensor]) -> StoredTensor:
-    """One after another as one flat tensor. They must have the same dtype."""
+    """One after another as one flat tensor. Raises InputError unless all have the same dtype."""
     parts = list(tensors)
-    assert len({part.dtype for part in parts}) == 1
+    for part in parts:
+        if part.dtype != parts[0].dtype:
+            where = next(piece.file.path for piece in part.pieces)
+            raise InputError(f"{where}: holds {part.dtype} where files beside it hold {parts[0].dtype}; files of different saves are mixed")
     return StoredTensor(parts[0].dtype, tuple(piece for part in parts for piece in part.pieces))
 
 
@@ -95,25 +99,36 @@ class StoredSource:
 
     kind: str
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self.aliases: dict[str, str] = {}
         self._stored: dict[str, StoredTensor] = {}
         self._files: list[PreadFile] = []
 
     def add(self, name: str, shape: tuple[int, ...], stored: StoredTensor) -> None:
+        """Enter a tensor. Raises InputError if its shape and what is stored differ in size."""
         info = TensorInfo(name, shape, stored.dtype)
-        assert stored.num_elements == info.num_elements, (name, shape, stored.num_elements)
+        if stored.num_elements != info.num_elements:
+            raise InputError(f"{self.path}: {name!r} of shape {shape} has {stored.num_elements} elements; the files are damaged or mixed")
         self.tensors[name] = info
         self._stored[name] = stored
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, in its stored dtype: a new 1-D tensor."""
-        return self._stored[name].read(start, stop)
+        """Elements [start, stop) of the flattened tensor, in its stored dtype: a new 1-D tensor. An alias reads its owner."""
+        return self._stored[self.aliases.get(name, name)].read(start, stop)
 
     def locate(self, name: str, start: int, stop: int) -> list[Extent]:
         """The files and byte ranges that hold elements [start, stop) of the flattened tensor, in order."""
-        return self._stored[name].locate(start, stop)
+        return self._stored[self.aliases.get(name, name)].locate(start, stop)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors and aliases by the names that `names` has for them; others keep theirs. It must be one to one."""
+        renamed = {names.get(name, name): name for name in [*self.tensors, *self.aliases]}
+        assert len(renamed) == len(self.tensors) + len(self.aliases), names
+        self.tensors = {names.get(name, name): replace(info, name=names.get(name, name)) for name, info in self.tensors.items()}
+        self._stored = {names.get(name, name): stored for name, stored in self._stored.items()}
+        self.aliases = {names.get(alias, alias): names.get(owner, owner) for alias, owner in self.aliases.items()}
 
     def close(self) -> None:
         for file in self._files:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import InputError
-from pipeline.weights.safetensors import read_index, require_files, require_tensors
+from pipeline.weights.layout import find_weight_files
 from pipeline.weights.stored import StoredSource
 from pipeline.weights.torch_file import ShapedTensor, TorchFile
 
-INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
+INDEX = SINGLE + ".index.json"
 
 
 class TorchBinSource(StoredSource):
@@ -21,13 +21,12 @@ class TorchBinSource(StoredSource):
 
     def __init__(self, path: Path) -> None:
         """Raises InputError for a damaged or foreign file, and for shards or tensors that the index names but that are absent."""
-        super().__init__()
-        folder, names, weight_map = _layout(path)
-        require_files(folder, names)
+        super().__init__(path)
+        files = find_weight_files(path, SINGLE, INDEX, "pytorch_model*.bin")
         owners: dict[ShapedTensor, str] = {}
-        for name in names:
-            self._add_file(TorchFile(folder / name), weight_map, owners)
-        require_tensors(path, self.tensors.keys() | self.aliases.keys(), weight_map)
+        for name in files.names:
+            self._add_file(TorchFile(files.folder / name), files.weight_map, owners)
+        files.require(self.tensors.keys() | self.aliases.keys())
 
     def _add_file(self, file: TorchFile, weight_map: dict[str, str], owners: dict[ShapedTensor, str]) -> None:
         path = file.file.path
@@ -42,20 +41,6 @@ class TorchBinSource(StoredSource):
                 self.add(name, tensor.shape, tensor.stored)
             else:
                 self.aliases[name] = owner
-
-
-def _layout(path: Path) -> tuple[Path, list[str], dict[str, str]]:
-    if path.is_file():
-        return path.parent, [path.name], {}
-    if (path / SINGLE).is_file():
-        return path, [SINGLE], {}
-    if (path / INDEX).is_file():
-        weight_map = read_index(path / INDEX)
-        return path, sorted(set(weight_map.values())), weight_map
-    names = sorted(file.name for file in path.glob("pytorch_model*.bin"))
-    if not names:
-        raise InputError(f"{path}: holds no {SINGLE} and no {INDEX}")
-    return path, names, {}
 
 
 def _state_dict(file: TorchFile) -> Mapping[str, ShapedTensor]:

@@ -174,6 +174,11 @@ def _stand_ins(owner: TorchFile) -> dict[str, Any]:
     def parameter(data: ShapedTensor, *rest: Any) -> ShapedTensor:
         return data
 
+    def with_attributes(rebuild: Any, kind: Any, arguments: tuple[Any, ...], attributes: Any) -> ShapedTensor:
+        if rebuild not in (tensor, parameter):
+            raise ValueError("not a tensor")
+        return rebuild(*arguments)
+
     def stub() -> type[Stub]:
         return type("Stub", (Stub,), {})
 
@@ -181,6 +186,10 @@ def _stand_ins(owner: TorchFile) -> dict[str, Any]:
         "collections.OrderedDict": OrderedDict,
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_parameter": parameter,
+        "torch._utils._rebuild_parameter_with_state": parameter,
+        "torch._tensor._rebuild_from_type_v2": with_attributes,
+        "torch.Tensor": Name("Tensor"),
+        "torch.nn.parameter.Parameter": Name("Parameter"),
         "torch.Size": lambda sizes=(): tuple(sizes),
         "torch.device": stub(),
         "deepspeed.runtime.zero.config.ZeroStageEnum": lambda value: int(value),
