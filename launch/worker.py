@@ -48,6 +48,7 @@ def join() -> Context:
 
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = device_for(local_rank)
+    _quieten(device)
     if device != "cpu":
         if local_rank >= torch.cuda.device_count():
             print(f"flearn: {torch.cuda.device_count()} GPUs are visible: set cluster.ranks to at most that", file=sys.stderr)
@@ -58,6 +59,16 @@ def join() -> Context:
     context = Context(rank=rank, world_size=world_size, local_rank=local_rank, device=device, group=group)
     context.listen()
     return context
+
+
+def _quieten(device: str) -> None:
+    """Leave the terminal to our own messages; warnings of the libraries stay."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def run_all(plan: Plan, ids: list[str], context: Context) -> int:
