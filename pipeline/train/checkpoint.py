@@ -1,0 +1,122 @@
+"""Checkpoints to resume from: a folder per step, complete exactly when its manifest, written last, agrees with its files.
+
+DeepSpeed's own mark (`latest`) is written in place, and a killed save leaves truncated files that look like a checkpoint.
+A new checkpoint never overwrites an old one; the old one goes when the new one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import sync_folder, write_json
+from pipeline.context import Context, log
+from pipeline.errors import InputError
+
+_MANIFEST = "complete.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint: the state after `step` optimizer steps, in one part per rank."""
+
+    folder: Path
+    step: int
+    num_ranks: int
+
+
+class Checkpoints:
+    """The checkpoints of one training. Every method but `find` is collective."""
+
+    def __init__(self, folder: Path, context: Context) -> None:
+        self.folder = folder
+        self._context = context
+
+    def latest(self) -> Saved | None:
+        """The newest complete checkpoint; whatever else lies there is removed."""
+        saved: Saved | None = None
+        if self._context.is_main:
+            saved = max(self.find(), key=lambda found: found.step, default=None)
+            self._remove_all_but(saved)
+        shared: Saved | None = self._context.share(saved)
+        return shared
+
+    def find(self) -> list[Saved]:
+        """All complete checkpoints."""
+        return [saved for folder in self.folder.glob("step-*") if (saved := _read(folder)) is not None]
+
+    def save(self, engine: Any, step: int, without_frozen: bool) -> Saved:
+        """Save the engine's state after `step` steps. Raises OSError or RuntimeError if the disk is full."""
+        tag = f"step-{step:08d}"
+        folder = self.folder / tag
+        assert not folder.exists(), folder
+        done = engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False, exclude_frozen_parameters=without_frozen)
+        if not done:
+            raise RuntimeError(f"{folder}: DeepSpeed did not save the checkpoint")
+        _sync(folder)  # on every rank: each one's own files
+        self._context.barrier()
+        saved = Saved(folder, step, self._context.world_size)
+        if self._context.is_main:
+            write_json(folder / _MANIFEST, {"step": step, "num_ranks": saved.num_ranks, "files": _sizes(folder)})
+            sync_folder(self.folder)
+            self._remove_all_but(saved)
+        self._context.barrier()
+        return saved
+
+    def load(self, engine: Any, saved: Saved, without_frozen: bool) -> None:
+        """Put `saved` into a new engine: masters, moments, weights. Raises InputError for another number of ranks."""
+        if saved.num_ranks != self._context.world_size:
+            raise InputError(
+                f"{saved.folder}: saved by {saved.num_ranks} ranks, but this run has {self._context.world_size};"
+                f" set cluster.ranks={saved.num_ranks}, or delete it to begin anew"
+            )
+        path, _ = engine.load_checkpoint(
+            str(self.folder), tag=saved.folder.name, load_module_strict=not without_frozen, load_lr_scheduler_states=False
+        )
+        # DeepSpeed reports a missing checkpoint by returning None.
+        if path is None or engine.global_steps != saved.step:
+            raise RuntimeError(f"{saved.folder}: DeepSpeed did not load this checkpoint")
+        log.info("resuming after step %d", saved.step)
+
+    def remove(self) -> None:
+        """Delete all checkpoints."""
+        if self._context.is_main:
+            self._remove_all_but(None)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_all_but(self, kept: Saved | None) -> None:
+        for folder in self.folder.glob("step-*"):
+            if kept is None or folder != kept.folder:
+                (folder / _MANIFEST).unlink(missing_ok=True)  # first: half of a checkpoint must not pass for a whole one
+                shutil.rmtree(folder)
+
+
+def _read(folder: Path) -> Saved | None:
+    """The checkpoint in `folder`, or None if it is not complete."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if manifest["files"] != _sizes(folder):
+        log.warning("%s: its files are not those that were saved; it is not used", folder)
+        return None
+    return Saved(folder, manifest["step"], manifest["num_ranks"])
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != _MANIFEST}
+
+
+def _sync(folder: Path) -> None:
+    """Force the content of `folder` to the disk."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_folder(folder)

@@ -1,0 +1,117 @@
+"""One fine-tuning, planned: its records, batches, DeepSpeed config and adapter, and what it will need of the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifact import Artifact
+from pipeline.config import LoraTraining, Prompt, Teach, Training
+from pipeline.context import Context
+from pipeline.facts.fact import read_facts
+from pipeline.facts.prompts import Prompter
+from pipeline.models.load import load_tokenizer, model_folder
+from pipeline.train.batches import Batches, Shape
+from pipeline.train.deepspeed_config import Ready, make_ready
+from pipeline.train.loop import Course
+from pipeline.train.lora import add_adapter, lora_config
+from pipeline.train.model import num_positions, skeleton
+from pipeline.train.records import training_records
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a train stage is about to do; the same on every rank."""
+
+    base: Artifact
+    """Whose weights training starts from."""
+    course: Course
+    ready: Ready
+    adapter: LoraConfig | None
+    """LoRA's config; None for full training."""
+    keeps_checkpoint: bool
+    """Whether the last ZeRO checkpoint is itself the result (full training of the old answers: FT-old)."""
+    num_parameters: int
+    num_trained: int
+    warnings: list[str]
+
+    @property
+    def training(self) -> Training:
+        return self.course.training
+
+    @property
+    def folder(self) -> Path:
+        """The Hugging Face folder with the model's config and tokenizer."""
+        return model_folder(self.base)
+
+    def disk_bytes(self, num_saved: int) -> int:
+        """Bytes that are still to be written while old ones remain, given `num_saved` complete checkpoints.
+
+        A checkpoint holds fp32 masters and two moments, below ZeRO-3 also the weights themselves; the old one goes when the
+        new one is complete. The result holds fp32 weights.
+        """
+        per_weight = {"bf16": 2, "fp32": 4}[self.training.precision] if self.ready.zero_stage < 3 else 0
+        num_copies = 1 if self.course.num_steps <= self.training.checkpoint_every_steps else 2
+        result = 0 if self.keeps_checkpoint else 4
+        return self.num_trained * ((12 + per_weight) * max(1, num_copies - num_saved) + result)
+
+    def described(self) -> dict[str, Any]:
+        """The part of the stage's facts that is known beforehand."""
+        shape = self.course.shape
+        return {
+            "num_steps": self.course.num_steps,
+            "num_records": len(self.course.records),
+            "zero_stage": self.ready.zero_stage,
+            "batch": {
+                "global": shape.global_size,
+                "micro": shape.micro_size,
+                "accumulation": shape.accumulation,
+                "ranks": shape.ranks,
+            },
+            "num_parameters": self.num_parameters,
+            "num_trainable": self.num_trained,
+            "precision": self.training.precision,
+            "warnings": self.warnings,
+        }
+
+
+def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Context) -> Job:
+    """The job that a stage's section and inputs ask for. Raises InputError for settings and records that cannot work."""
+    training = _training(section["training"])
+    base = inputs["model"]
+    model: Any = skeleton(model_folder(base))
+    adapter = lora_config(model, training) if isinstance(training, LoraTraining) else None
+    if adapter is not None:
+        model = add_adapter(model, adapter)
+    shape = Shape.of(training.batch_size, training.micro_batch_size, context.world_size)
+    ready = make_ready(training, shape, model.config.get_text_config().hidden_size)
+    prompter = Prompter(load_tokenizer(base), Prompt.model_validate(section["prompt"]))
+    facts = read_facts(inputs["facts"].folder / "facts.jsonl")
+    records = training_records(facts, section["target"], prompter, training.max_length, num_positions(model.config))
+    batches = Batches(tuple(record.num_tokens for record in records), training.batch_size, training.epochs, section["seed"])
+    return Job(
+        base=base,
+        course=Course(records, batches, shape, training, section["seed"]),
+        ready=ready,
+        adapter=adapter,
+        keeps_checkpoint=adapter is None and section["target"] == "old" and not isinstance(training, Teach),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        warnings=ready.warnings + _warnings(base, training, adapter),
+    )
+
+
+def _training(values: dict[str, Any]) -> Training:
+    """The config section that `values` are a dump of: Teach alone says what to teach, LoRA alone has a rank."""
+    kind = LoraTraining if "rank" in values else Teach if "facts" in values else Training
+    return kind.model_validate(values)
+
+
+def _warnings(base: Artifact, training: Training, adapter: LoraConfig | None) -> list[str]:
+    if adapter is not None and training.precision == "bf16" and base.manifest.get("stage") == "forget":
+        return ["LoRA in bf16 learns on the forgotten model rounded to bf16, which may undo part of a small subtraction (see survival)"]
+    return []
