@@ -18,8 +18,10 @@ from pipeline.delta.survival import Survival
 
 Rounding = Literal["nearest", "stochastic"]
 
-BLOCK_ELEMENTS = 1 << 16
-"""Elements computed at a time, so that intermediate results (40 bytes an element) stay in the processor's cache."""
+BLOCK_ELEMENTS = 1 << 17
+"""Elements computed at a time, so that intermediate results (28 bytes an element) stay in the processor's cache."""
+
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Arithmetic:
 
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
-        self._base, self._delta, self._result, self._reference = torch.empty(4, BLOCK_ELEMENTS, dtype=torch.float32)
-        self._wide_base, self._wide_delta, self._wide_change = torch.empty(3, BLOCK_ELEMENTS, dtype=torch.float64)
+        self._base, self._delta, self._result = torch.empty(3, BLOCK_ELEMENTS, dtype=torch.float32)
+        self._one, self._two = torch.empty(2, BLOCK_ELEMENTS, dtype=torch.float64)
 
     def subtract(self, name: str, start: int, base: torch.Tensor, other: torch.Tensor, out: torch.Tensor, is_delta: bool) -> Survival:
         """Elements [start, start + len) of the tensor `name`: theta' to `out`, and what survived in it.
@@ -60,39 +62,32 @@ class Arithmetic:
         torch.mul(delta, self.formula.scale, out=result)
         torch.sub(base32, result, out=result)
         self._store(name, start, result, out)
-        return self._measure(base32, delta, out)
+        return self._measure(base32, delta, base32.to(out.dtype) if out.dtype in _NARROW else base32, out)
 
     def cast(self, name: str, start: int, base: torch.Tensor, out: torch.Tensor) -> None:
         """Elements of a tensor that nothing is subtracted from: `base` to `out`, in `out`'s dtype."""
         for begin in range(0, base.numel(), BLOCK_ELEMENTS):
-            block = slice(begin, begin + BLOCK_ELEMENTS)
-            values = base[block]
-            self._store(name, start + begin, self._result[: values.numel()].copy_(values), out[block])
+            values = base[begin : begin + BLOCK_ELEMENTS]
+            self._store(name, start + begin, self._result[: values.numel()].copy_(values), out[begin : begin + BLOCK_ELEMENTS])
 
     def _store(self, name: str, start: int, values: torch.Tensor, out: torch.Tensor) -> None:
-        if self.formula.rounding == "stochastic" and out.dtype in (torch.bfloat16, torch.float16):
+        if self.formula.rounding == "stochastic" and out.dtype in _NARROW:
             out.copy_(round_stochastically(values, out.dtype, draws(self.formula.seed, name, start, values.numel())))
         else:
             out.copy_(values)
 
-    def _measure(self, base: torch.Tensor, delta: torch.Tensor, out: torch.Tensor) -> Survival:
-        count = base.numel()
-        wide_base, wide_delta, change = (
-            self._wide_base[:count].copy_(base),
-            self._wide_delta[:count].copy_(delta),
-            self._wide_change[:count],
-        )
-        base_square = float(torch.dot(wide_base, wide_base))
-        if out.dtype in (torch.bfloat16, torch.float16):
-            wide_base.copy_(self._reference[:count].copy_(base.to(out.dtype)))
-        torch.sub(change.copy_(out), wide_base, out=change)
+    def _measure(self, base32: torch.Tensor, delta: torch.Tensor, reference: torch.Tensor, out: torch.Tensor) -> Survival:
+        """`reference` is the base in `out`'s dtype, from which the stored change is taken."""
+        count = base32.numel()
+        change = torch.sub(self._result[:count].copy_(out), reference, out=self._result[:count])
+        wide_delta, wide = self._one[:count].copy_(delta), self._two[:count].copy_(change)
         return Survival(
             num_elements=count,
-            num_changed=int(torch.count_nonzero(change)),
-            base_square=base_square,
+            num_changed=int(np.count_nonzero(change.numpy() != 0)),
             delta_square=float(torch.dot(wide_delta, wide_delta)),
-            change_square=float(torch.dot(change, change)),
-            delta_change=float(torch.dot(wide_delta, change)),
+            delta_change=float(torch.dot(wide_delta, wide)),
+            change_square=float(torch.dot(wide, wide)),
+            base_square=float(torch.dot(wide.copy_(base32), wide)),
         )
 
 

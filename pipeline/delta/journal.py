@@ -18,7 +18,8 @@ from typing import Any
 
 from pipeline.artifact import MANIFEST, sync_folder, write_json
 from pipeline.errors import InputError
-from pipeline.weights.shard import Shard, sweep
+from pipeline.weights.aside import sweep
+from pipeline.weights.shard import Shard
 from pipeline.weights.writer import INCOMPLETE
 
 _ADVICE = "give another --out, or delete this one"

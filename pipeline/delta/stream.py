@@ -34,7 +34,7 @@ def write_shard(
                 stop = min(start + SLICE_ELEMENTS, info.num_elements)
                 values = _compute(plan.items[info.name], base, tuned, start, stop, arithmetic, survival)
                 digest.update(values.view(torch.uint8).numpy().data)
-                writer.write(info.name, start, values)
+                writer.write_slice(info.name, start, values)
                 report(values.nbytes)
             if not survival.is_finite:
                 raise InputError(f"{info.name}: holds NaN or infinity in the base, in the tuned model or in the result")

@@ -1,23 +1,19 @@
-"""Safetensors files being written: which tensors go into which shard, and one shard written aside, synced and renamed."""
+"""Safetensors files being written: which tensors go into which shard, and one shard written slice by slice."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from pipeline.artifact import sync_folder
 from pipeline.errors import InputError
+from pipeline.weights.aside import AsideFile
 from pipeline.weights.safetensors import SINGLE, TAG_OF_DTYPE
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
 
@@ -112,88 +108,34 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
     return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-class ShardWriter:
-    """One safetensors file in the making, for any threads to write slices into. Used as a context manager.
-
-    The file is made aside at its full size, so that a full disk is met before the work, not after it. Leaving the
-    context syncs it and renames it into place; leaving by an exception removes it. A writer holds a lock on its file,
-    by which `sweep` tells a killed writer's leftover from a living one's work.
-    """
+class ShardWriter(AsideFile):
+    """One safetensors file in the making, for any threads to write slices into. Used as a context manager (see `AsideFile`)."""
 
     def __init__(self, path: Path, tensors: Iterable[TensorInfo]) -> None:
         """Raises OSError (ENOSPC, with the file's name) if the disk is too full."""
-        self.path = path
         self.tensors = aligned(tensors)
-        header = header_bytes(self.tensors)
+        self._infos = {info.name: info for info in self.tensors}
         self._offsets: dict[str, int] = {}
+        header = header_bytes(self.tensors)
         offset = len(header)
         for info in self.tensors:
             self._offsets[info.name] = offset
             offset += info.num_bytes
         self._missing_bytes = offset - len(header)
         self._lock = threading.Lock()
-        self._infos = {info.name: info for info in self.tensors}
-        self._file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        self._temporary = Path(temporary)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            os.posix_fallocate(self._file, 0, offset)
-            self._pwrite(memoryview(header), 0)
-        except BaseException as error:
-            if isinstance(error, OSError):
-                error.filename = str(path)
-            self.abandon()
-            raise
+        super().__init__(path, offset)
+        self.write(memoryview(header), 0)
 
-    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+    def write_slice(self, name: str, start: int, values: torch.Tensor) -> None:
         """Put `values` (1-D, the tensor's dtype) at elements [start, start + len) of the flattened tensor `name`. Each element once."""
         info = self._infos[name]
         assert values.dtype == getattr(torch, info.dtype) and start >= 0 and start + values.numel() <= info.num_elements, name
         view = values.contiguous().view(torch.uint8).numpy().data
-        self._pwrite(view, self._offsets[name] + start * DTYPE_BYTES[info.dtype])
+        self.write(view, self._offsets[name] + start * DTYPE_BYTES[info.dtype])
         with self._lock:
             self._missing_bytes -= len(view)
-
-    def _pwrite(self, view: memoryview, offset: int) -> None:
-        while view:
-            num_written = os.pwrite(self._file, view, offset)
-            view = view[num_written:]
-            offset += num_written
 
     def commit(self) -> None:
         """Sync the file and rename it into place. Every element must have been written."""
         assert self._missing_bytes == 0, f"{self.path}: {self._missing_bytes} bytes were never written"
-        os.fsync(self._file)
-        os.fchmod(self._file, 0o644)
-        os.replace(self._temporary, self.path)
-        os.close(self._file)
-        sync_folder(self.path.parent)
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        self._temporary.unlink(missing_ok=True)
-        os.close(self._file)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            self.abandon()
-            return
-        try:
-            self.commit()
-        except BaseException:
-            self._temporary.unlink(missing_ok=True)
-            raise
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; files that a living one still writes stay."""
-    for path in folder.glob(".*.safetensors.*.tmp"):
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            path.unlink(missing_ok=True)
+        super().commit()

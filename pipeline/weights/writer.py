@@ -21,8 +21,9 @@ import torch
 from pipeline.artifact import sync_folder, write_json
 from pipeline.context import Context
 from pipeline.errors import InputError
+from pipeline.weights.aside import sweep
 from pipeline.weights.safetensors import INDEX, SafetensorsSource
-from pipeline.weights.shard import Shard, ShardWriter, index_of, parse_size, plan_shards, sweep
+from pipeline.weights.shard import Shard, ShardWriter, index_of, parse_size, plan_shards
 from pipeline.weights.source import TensorInfo, TensorSource
 
 SLICE_ELEMENTS = 1 << 20
@@ -97,7 +98,7 @@ def write_shard(source: TensorSource, shard: Shard, folder: Path) -> None:
             dtype = getattr(torch, info.dtype)
             for start in range(0, info.num_elements, SLICE_ELEMENTS):
                 stop = min(start + SLICE_ELEMENTS, info.num_elements)
-                writer.write(info.name, start, source.read(info.name, start, stop).to(dtype))
+                writer.write_slice(info.name, start, source.read(info.name, start, stop).to(dtype))
 
 
 def main_dtype(shards: Sequence[Shard]) -> str:
