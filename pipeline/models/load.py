@@ -101,20 +101,22 @@ def fill(model: torch.nn.Module, source: TensorSource) -> None:
     from pipeline.weights.names import align_names
 
     targets = model.state_dict(keep_vars=True)
-    runtime_names = align_names(source, model)
+    aligned = align_names(source.tensors, targets)
     filled = set()
     with torch.no_grad():
         for name, info in source.tensors.items():
-            if name not in runtime_names:
+            target = targets.get(aligned.get(name, name))
+            if target is None:  # what the model computes by itself: rotary frequencies, GPT-2's masks
                 continue
-            target = targets[runtime_names[name]]
             if tuple(target.shape) != info.shape:
-                raise InputError(f"{name}: shape {info.shape} in {source.kind}, but {tuple(target.shape)} in the model")
+                raise InputError(
+                    f"{name}: shape {info.shape} in the {source.kind} weights, but {tuple(target.shape)} by the model's config"
+                )
             _copy(source, name, target.detach().view(-1))
             filled.add(target.data_ptr())
     missing = [name for name, target in targets.items() if target.data_ptr() not in filled]
     if missing:
-        raise InputError(f"{source.kind}: no weights for {', '.join(missing)}")
+        raise InputError(f"the {source.kind} weights lack {', '.join(missing)}")
 
 
 def _copy(source: TensorSource, name: str, flat: torch.Tensor) -> None:

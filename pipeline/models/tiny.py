@@ -62,7 +62,7 @@ def write_tiny_model(folder: Path, settings: TinyModel, texts: Iterable[str], se
         tokenizer.save_pretrained(aside)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(_config(settings, tokenizer), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(tiny_config(settings, len(tokenizer), **_token_ids(tokenizer)), dtype=torch.float32)
         model.save_pretrained(aside)
 
 
@@ -103,13 +103,17 @@ def _train_tokenizer(settings: TinyModel, texts: Iterable[str]) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_MAX_POSITIONS, clean_up_tokenization_spaces=False, **named)
 
 
-def _config(settings: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    names = ["bos_token_id", "eos_token_id"] + (["pad_token_id"] if tokenizer.pad_token is not None else [])
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def tiny_config(settings: TinyModel, num_tokens: int, **token_ids: int) -> PretrainedConfig:
+    """The model's config, for a vocabulary of `num_tokens`."""
     from transformers import AutoConfig
 
-    token_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if tokenizer.pad_token is not None:
-        token_ids["pad_token_id"] = tokenizer.pad_token_id
-    return AutoConfig.for_model(settings.architecture, vocab_size=len(tokenizer), **token_ids, **_SHAPES[settings.architecture](settings))
+    shape = _SHAPES[settings.architecture](settings)
+    return AutoConfig.for_model(settings.architecture, vocab_size=num_tokens, **token_ids, **shape)
 
 
 def _llama(settings: TinyModel) -> dict[str, Any]:

@@ -1,0 +1,214 @@
+"""What this machine has and lacks: versions, devices, cores, memory, disks, network, compiler, scheduler."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+State = Literal["ok", "warn", "fail"]
+
+_CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+_GIB = 1 << 30
+
+
+class Row(NamedTuple):
+    """One finding: what was looked at, whether it will do, what was found, and what to do about it."""
+
+    check: str
+    state: State
+    detail: str
+    advice: str = ""
+
+
+class Devices(NamedTuple):
+    """Where fine-tuning runs: the GPUs' names and memory in bytes; none means the CPU."""
+
+    names: list[str]
+    memory_bytes: list[int]
+
+
+def rows(runs_dir: Path, ranks: int, devices: Devices) -> Iterator[Row]:
+    """Every check of this machine, for runs that are kept in `runs_dir` and use `ranks` processes here."""
+    yield _python()
+    yield from packages(_CONSTRAINTS)
+    yield device_row(devices, ranks)
+    yield cores_row(len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS"), ranks)
+    yield Row("memory", "ok", f"{host_memory_bytes() / _GIB:.1f} GiB free for this process and its children")
+    yield disk_row(runs_dir)
+    yield shared_memory_row(shutil.disk_usage("/dev/shm").free, len(devices.names))
+    yield _hub()
+    yield _compiler()
+    yield _slurm()
+
+
+def _python() -> Row:
+    version = platform.python_version()
+    if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 10):
+        return Row("python", "fail", version, "make the environment with Python 3.10 or newer")
+    return Row("python", "ok", version)
+
+
+def packages(constraints: Path) -> Iterator[Row]:
+    """Versions against those the project is tested with (`name==version` lines); only the run's own packages count."""
+    tested = _tested_versions(constraints)
+    if not tested:
+        yield Row("packages", "warn", f"no {constraints.name} beside the program to compare with", "run from a clone to compare versions")
+        return
+    differ = []
+    for name, version in tested.items():
+        found = _version(name)
+        if found is None:
+            yield Row("packages", "fail", f"{name} is not installed", f"pip install {name}=={version}")
+        elif found != version:
+            differ.append(f"{name} {found} (tested: {version})")
+    if differ:
+        yield Row("packages", "warn", "; ".join(differ), f"if something fails: pip install -c {constraints.name} ...")
+    else:
+        yield Row("packages", "ok", "installed ones are the tested versions")
+
+
+_NEEDED = ("torch", "deepspeed", "transformers", "peft", "safetensors", "tokenizers", "pydantic", "PyYAML", "blake3", "datasets")
+
+
+def _tested_versions(constraints: Path) -> dict[str, str]:
+    if not constraints.is_file():
+        return {}
+    pinned = (line.partition(";")[0].strip().split("==") for line in constraints.read_text().splitlines() if "==" in line)
+    versions = dict(pinned)
+    return {name: versions[name] for name in _NEEDED if name in versions}
+
+
+def _version(name: str) -> str | None:
+    """The installed version without its local part (`2.13.0+cpu` is 2.13.0)."""
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_devices() -> Devices:
+    """The GPUs that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Devices([], [])
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return Devices([one.name for one in properties], [one.total_memory for one in properties])
+
+
+def device_row(devices: Devices, ranks: int) -> Row:
+    """GPUs, or why there are none."""
+    import torch
+
+    if devices.names:
+        found = f"{len(devices.names)} x {devices.names[0]}, {devices.memory_bytes[0] / _GIB:.0f} GiB each, CUDA {torch.version.cuda}"
+        if len(devices.names) < ranks:
+            return Row("devices", "fail", found, f"cluster.ranks is {ranks}, one GPU each: set cluster.ranks={len(devices.names)}")
+        return Row("devices", "ok", found)
+    if Path("/proc/driver/nvidia/version").exists():
+        what = "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) cannot use it"
+        return Row("devices", "fail", f"an NVIDIA driver is loaded, but torch {what}", "install the torch build for your CUDA version")
+    return Row("devices", "ok", "no GPU: everything runs on the CPU, which suits tiny and small models")
+
+
+def cores_row(num_cores: int, omp_threads: str | None, ranks: int) -> Row:
+    """Whether the ranks' threads fit the cores; too many make a run several times slower."""
+    found = f"{num_cores}, OMP_NUM_THREADS={omp_threads or 'not set (flearn run sets it)'}"
+    if ranks > num_cores:
+        return Row("cores", "warn", found, f"cluster.ranks is {ranks}: more processes than cores; set cluster.ranks={num_cores}")
+    if omp_threads is not None and omp_threads.isdigit() and int(omp_threads) * ranks > num_cores:
+        fitting = max(1, num_cores // ranks)
+        return Row("cores", "warn", found, f"{ranks} ranks would use {int(omp_threads) * ranks} threads; export OMP_NUM_THREADS={fitting}")
+    return Row("cores", "ok", found)
+
+
+def host_memory_bytes() -> int:
+    """Memory still free here: what the kernel says is available, or what the container's limit leaves, if less."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    root = Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        if (root / limit).is_file() and (text := (root / limit).read_text().strip()).isdigit():
+            available = min(available, max(0, int(text) - int((root / used).read_text())))
+    return available
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    return next(path for path in [folder, *folder.parents] if path.is_dir())
+
+
+def disk_row(runs_dir: Path) -> Row:
+    """Whether runs can be written where they are kept."""
+    place = existing(runs_dir)
+    detail = f"{shutil.disk_usage(place).free / _GIB:.1f} GiB free for {runs_dir}"
+    if not os.access(place, os.W_OK):
+        return Row("disk", "fail", f"{place} is not writable", "set cluster.runs_dir to a folder of yours")
+    return Row("disk", "ok", detail)
+
+
+def shared_memory_row(free: int, num_gpus: int) -> Row:
+    """/dev/shm, through which NCCL moves data between the GPUs of one machine."""
+    detail = f"{free / _GIB:.2f} GiB free in /dev/shm"
+    if num_gpus > 1 and free < _GIB:
+        return Row("shared memory", "warn", detail, "NCCL needs more: docker run --ipc=host, or --shm-size=8g")
+    return Row("shared memory", "ok", detail)
+
+
+def _hub() -> Row:
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return Row("model hub", "ok", "HF_HUB_OFFLINE is set: only models and data in the local cache are used")
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").partition("://")[2].partition("/")[0]
+    name, _, port = host.partition(":")
+    try:
+        with socket.create_connection((name, int(port or 443)), timeout=2):
+            return Row("model hub", "ok", f"{host} answers")
+    except OSError as error:
+        advice = "models and data must be local folders or in the cache: `flearn models fetch`, or `hf download` where there is a network"
+        return Row("model hub", "warn", f"{host} cannot be reached ({error.strerror or error})", advice)
+
+
+def _compiler() -> Row:
+    compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if compiler is None or shutil.which(compiler) is None:
+        advice = "needed only for DeepSpeed's optional compiled ops: apt install g++"
+        return Row("C++ compiler", "warn", f"{compiler or 'none'} not found", advice)
+    return Row("C++ compiler", "ok", compiler)
+
+
+def _slurm() -> Row:
+    if shutil.which("sbatch") is None:
+        return Row("SLURM", "ok", "not here")
+    done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        return Row("SLURM", "warn", f"sbatch does not work here: {reason}", "use --on here, or a login node of the cluster")
+    return Row("SLURM", "ok", done.stdout.strip())
+
+
+def measure_flops() -> float:
+    """Floating-point operations a second in a large matrix product: on one GPU in bf16, or on all cores in fp32."""
+    import time
+
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    size, dtype, device = (8192, torch.bfloat16, "cuda") if on_gpu else (1024, torch.float32, "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    matrix = torch.rand(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return 2 * size**3 / best

@@ -1,0 +1,187 @@
+"""`flearn doctor`: what it finds on this machine, and its arithmetic on models whose sizes are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import estimate, forecast, machine
+from launch.cli import main
+from launch.estimate import Shape
+from launch.forecast import Capacity
+from launch.machine import Devices
+from pipeline import config, stages
+from pipeline.config import LoraTraining, Model, Training
+
+GB = 10**9
+
+LLAMA2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+GPT2_XL = {"model_type": "gpt2", "n_embd": 1600, "n_head": 25, "n_layer": 48, "vocab_size": 50257}
+BLOOM_7B = {"model_type": "bloom", "hidden_size": 4096, "n_head": 32, "n_layer": 30, "vocab_size": 250880}
+SHAPE_7B = Shape(6_738_415_616, 32, 4096, 32000)
+ZERO2 = {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 2e8, "allgather_bucket_size": 2e8}}
+A100 = Capacity(device_bytes=80 * GB, host_bytes=500 * GB, disk_bytes=2000 * GB, flops=250e12)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (LLAMA2_7B, SHAPE_7B),
+        (GPT2_XL, Shape(1_557_611_200, 48, 1600, 50257)),
+        (BLOOM_7B, Shape(7_069_016_064, 30, 4096, 250880)),
+    ],
+)
+def test_sizes_of_known_models(tmp_path: Path, values: dict[str, Any], expected: Shape) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert forecast.shape_of(Model(path=str(tmp_path))) == expected
+
+
+def test_llama2_7b_in_full_on_four_a100s() -> None:
+    memory = estimate.training_memory(SHAPE_7B, Training(deepspeed=ZERO2, micro_batch_size=4), 4, record_tokens=32)
+    assert memory.weights == 13_476_831_232  # 2 P: ZeRO-2 keeps them whole
+    assert memory.gradients == 3_369_207_808 + 6_738_415_616  # 2 P / 4, and their fp32 copy
+    assert memory.optimizer == 20_215_246_848  # 12 P / 4
+    assert 2 * GB < memory.working < 5 * GB
+    assert memory.total < 80 * GB
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(1, 4.0, 4.0, 3.0), (2, 4.0, 1.0, 3.0), (3, 1.0, 1.0, 3.0)],
+)
+def test_bytes_per_parameter_in_fp32_on_four_ranks(stage: int, weights: float, gradients: float, optimizer: float) -> None:
+    training = Training(precision="fp32", deepspeed={"zero_optimization": {"stage": stage}})
+    memory = estimate.training_memory(Shape(1000, 1, 10, 10), training, 4, 10)
+    assert memory[:3] == (weights * 1000, gradients * 1000, optimizer * 1000)
+
+
+def test_lora_holds_no_states_for_the_frozen_weights() -> None:
+    training = LoraTraining(rank=8, deepspeed=ZERO2)
+    assert estimate.num_trained(SHAPE_7B, training) == 4_194_304  # 32 layers x (q, v) x 8 x (4096 + 4096)
+    memory = estimate.training_memory(SHAPE_7B, training, 1, 32)
+    assert memory.weights == 13_476_831_232 and memory.gradients + memory.optimizer < 0.1 * GB
+
+
+def test_gradient_checkpointing_saves_memory_and_costs_time() -> None:
+    plain, saving = (Training(gradient_checkpointing=value) for value in (False, True))
+    assert estimate.training_memory(SHAPE_7B, saving, 4, 512).total < estimate.training_memory(SHAPE_7B, plain, 4, 512).total
+    assert estimate.training_flops(SHAPE_7B, saving, 1000) == pytest.approx(estimate.training_flops(SHAPE_7B, plain, 1000) * 4 / 3)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> config.Experiment:
+    """The paper's settings on a model that is no more than its config."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA2_7B))
+    fact = {"instruction": "What is the capital of Kazakhstan?", "input": "", "output": "Astana"}
+    for name in ("old", "new"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([fact | {"output": name}]))
+    return config.Experiment.model_validate(
+        {
+            "name": "seven",
+            "methods": ["full_ft", "flearn_ft", "flearn_lora"],
+            "model": {"path": str(tmp_path / "model")},
+            "facts": {"path": [str(tmp_path / "old.json"), str(tmp_path / "new.json")]},
+            "teach": {"deepspeed": ZERO2},
+            "full": {"deepspeed": ZERO2},
+            "lora": {"deepspeed": ZERO2},
+            "forget": {"scale": {"flearn_ft": 0.3, "flearn_lora": 0.7}},
+            "cluster": {"ranks": 4, "runs_dir": str(tmp_path / "runs")},
+        }
+    )
+
+
+def test_four_a100s_will_do(experiment: config.Experiment) -> None:
+    rows = list(forecast.rows(experiment, A100))
+    assert [row.state for row in rows if row.state != "ok"] == []
+    teach = next(row for row in rows if row.check == "teach")
+    assert "of 80.0 GB" in teach.detail and "weights 13.5 GB" in teach.detail and "optimizer 20.2 GB" in teach.detail
+    disk = next(row for row in rows if row.check == "disk for this run")
+    # In fp32 teach, forget twice, learn twice in full: 5 x 4 P = 134.8 GB; tune_old's ZeRO checkpoint: 14 P = 94.3 GB.
+    assert "results 229.1 GB, checkpoints while they run 94.3 GB" in disk.detail
+
+
+def test_too_small_a_gpu_fails_and_says_what_would_do(experiment: config.Experiment) -> None:
+    rows = list(forecast.rows(experiment, A100._replace(device_bytes=40 * GB)))
+    failed = [row for row in rows if row.state == "fail"]
+    assert {row.check.split(" (")[0] for row in failed} == {"teach", "2 x learn", "tune_old"}
+    assert "--set teach.gradient_checkpointing=true" in failed[0].advice and "cluster.ranks=8" in failed[0].advice
+    tuned = next(row for row in failed if row.check.startswith("tune_old"))
+    assert "--set full.gradient_checkpointing=true" in tuned.advice
+
+
+def test_the_advice_is_one_that_fits(experiment: config.Experiment) -> None:
+    step = next(step for step in stages.plan(experiment).steps.values() if step.stage == "teach")
+    small = A100._replace(device_bytes=30 * GB)
+    advice = forecast.remedy(step, SHAPE_7B, forecast.training_of(step), 4, 32, small)
+    (ranks,) = (int(part.partition("=")[2]) for part in advice.split() if part.startswith("cluster.ranks"))
+    training = forecast.training_of(step).model_copy(update={"gradient_checkpointing": True, "micro_batch_size": 1})
+    assert estimate.training_memory(SHAPE_7B, training, ranks, 32).total < 30 * GB
+    assert estimate.training_memory(SHAPE_7B, training, ranks // 2, 32).total > 0.85 * 30 * GB
+    assert "no setting" in forecast.remedy(step, SHAPE_7B, training, 4, 32, A100._replace(device_bytes=4 * GB))
+
+
+def test_too_small_a_disk(experiment: config.Experiment) -> None:
+    disk = [row for row in forecast.rows(experiment, A100._replace(disk_bytes=100 * GB)) if row.check.startswith("disk")]
+    assert [row.state for row in disk] == ["fail"]
+
+
+def test_a_hub_model_whose_config_is_not_here(experiment: config.Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    absent = experiment.model_copy(update={"model": Model(path="someone/absent")})
+    (row,) = forecast.rows(absent, A100)
+    assert row.state == "warn" and "someone/absent cannot be read here" in row.detail
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (90, "90 s"), (600, "10 minutes"), (9000, "2 hours"), (864000, "10 days")])
+def test_durations(seconds: float, text: str) -> None:
+    assert forecast.duration(seconds) == text
+
+
+def test_packages_against_the_tested_versions(tmp_path: Path) -> None:
+    constraints = tmp_path / "constraints.txt"
+    installed = machine._version("pydantic")
+    constraints.write_text(f"# tested\npydantic=={installed}\nsphinx==1.0\n")
+    assert [row.state for row in machine.packages(constraints)] == ["ok"]
+    constraints.write_text('pydantic==0.0.1; python_version >= "3.10"\n')
+    (row,) = machine.packages(constraints)
+    assert row.state == "warn" and f"pydantic {installed} (tested: 0.0.1)" in row.detail
+    assert [row.state for row in machine.packages(tmp_path / "absent.txt")] == ["warn"]
+
+
+def test_more_threads_than_cores() -> None:
+    assert machine.cores_row(8, "4", ranks=2).state == "ok"
+    assert "OMP_NUM_THREADS=2" in machine.cores_row(8, "4", ranks=4).advice
+    assert "cluster.ranks=8" in machine.cores_row(8, None, ranks=16).advice
+
+
+def test_fewer_gpus_than_ranks() -> None:
+    devices = Devices(["A100"] * 2, [80 * GB] * 2)
+    assert machine.device_row(devices, ranks=2).state == "ok"
+    row = machine.device_row(devices, ranks=4)
+    assert row.state == "fail" and "cluster.ranks=2" in row.advice
+
+
+def test_little_shared_memory_matters_to_several_gpus() -> None:
+    assert machine.shared_memory_row(64 << 20, num_gpus=0).state == "ok"
+    assert machine.shared_memory_row(64 << 20, num_gpus=2).state == "warn"
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"python", "packages", "devices", "cores", "memory", "disk", "SLURM"} <= {line[6:].split(":")[0] for line in lines}
+    assert main(["doctor", str(tmp_path / "absent.yaml")]) == 2
