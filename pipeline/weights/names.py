@@ -22,19 +22,22 @@ class _Prefix(NamedTuple):
 
 
 def align_names(source: Collection[str], base: Collection[str]) -> dict[str, str]:
-    """{name in `source`: the base's name for it}, for those that differ; names that the base lacks altogether are left out.
+    """{name in `source`: the base's name for it}, for every name that the base has too.
 
     Names that both have are themselves. The others may differ by one module prefix, which is the one that most of them
     agree on. Raises InputError where that is not one to one.
     """
     own, others = set(source), set(base)
+    aligned = {name: name for name in source if name in others}
     prefix = _common_prefix(own - others, others - own)
     if prefix is None:
-        return {}
-    aligned = {name: renamed for name in sorted(own - others) if (renamed := prefix.apply(name)) in others and renamed is not None}
-    for name, renamed in aligned.items():
-        if renamed in own:
+        return aligned
+    for name in source:
+        renamed = prefix.apply(name) if name not in others else None
+        if renamed in aligned:
             raise InputError(f"tensors {name!r} and {renamed!r} would both be the base's {renamed!r}: the names are not one to one")
+        if renamed in others and renamed is not None:
+            aligned[name] = renamed
     return aligned
 
 
