@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import InputError
+from pipeline.weights import adapter_config
+from pipeline.weights.adapter import AdapterSource
 from pipeline.weights.names import align_names
 from pipeline.weights.safetensors import SafetensorsSource
 from pipeline.weights.source import TensorSource
@@ -31,6 +33,10 @@ def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSou
         raise InputError(f"{path}: no such file or folder")
     if (path / INCOMPLETE).exists():
         raise InputError(f"{path}: is not whole, the run that was writing it did not finish; run it again")
+    if (path / adapter_config.FILE_NAME).is_file():
+        if base is None:
+            raise InputError(f"{path}: an adapter; the model that it was trained on must be given with it")
+        return AdapterSource(path, base)
     source = _open_stored(path)
     if base is not None:
         source.rename(align_names([*source.tensors, *source.aliases], [*base.tensors, *base.aliases]))

@@ -1,0 +1,147 @@
+"""A PEFT LoRA adapter on its base as a tensor source: base + scaling * (B @ A), block of rows by block of rows.
+
+Format: `adapter_config.json`, and `adapter_model.safetensors` (or `.bin`) with `base_model.model.<module>.lora_A.weight`
+(rank x in) and `lora_B.weight` (out x rank). The product is taken in float64 and rounded once to float32, on a fixed
+grid of rows, so that an element's value does not depend on how the tensor is sliced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from math import sqrt
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pipeline.errors import InputError
+from pipeline.weights.adapter_config import AdapterConfig
+from pipeline.weights.names import align_names
+from pipeline.weights.safetensors import SafetensorsSource
+from pipeline.weights.source import TensorInfo, TensorSource
+from pipeline.weights.stored import StoredSource
+from pipeline.weights.torch_bin import TorchBinSource
+
+GRID_ELEMENTS = 1 << 17
+"""Elements of a block of rows, roughly: 1 MiB in float64."""
+
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+
+class _Change(NamedTuple):
+    """What the adapter does to one tensor: the names of its two factors in the file, and by what their product is scaled."""
+
+    a: str
+    b: str
+    scaling: float
+    is_transposed: bool
+    """Whether the base has the weight as in x out (GPT-2's Conv1D)."""
+
+
+class AdapterSource:
+    """The tensors of `base` with an adapter's change added: float32 where there is one, else as they are in the base."""
+
+    kind = "adapter"
+
+    def __init__(self, folder: Path, base: TensorSource) -> None:
+        """Raises InputError for what is not plain LoRA (by name), and for modules that do not fit the base. Closing closes `base` too."""
+        self._base = base
+        self._factors = _open_factors(folder)
+        self._changes = _changes(folder, self._factors, base)
+        self.changed = frozenset(self._changes)
+        self.tensors = {
+            name: TensorInfo(name, info.shape, "float32") if name in self.changed else info for name, info in base.tensors.items()
+        }
+        self.aliases = dict(base.aliases)
+        self._load = lru_cache(maxsize=2)(self._load_factors)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor, the change added in float32."""
+        values = self._base.read(name, start, stop)
+        return values.float() + self.delta(name, start, stop) if name in self.changed else values
+
+    def delta(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the change alone, float32. `name` must be one of `changed`."""
+        rows, columns = self._load(name)
+        width = columns.shape[1]
+        grid = max(1, GRID_ELEMENTS // width)
+        first = start // width // grid * grid
+        blocks = [self._product(rows[row : row + grid], columns, name) for row in range(first, -(-stop // width), grid)]
+        return torch.cat(blocks)[start - first * width : stop - first * width] if blocks else torch.empty(0)
+
+    def _product(self, rows: torch.Tensor, columns: torch.Tensor, name: str) -> torch.Tensor:
+        return (rows @ columns).mul_(self._changes[name].scaling).float().flatten()
+
+    def _load_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two float64 factors whose product has the base's layout: (rows x rank, rank x columns)."""
+        change = self._changes[name]
+        a, b = (_whole(self._factors, factor) for factor in (change.a, change.b))
+        return (a.T.contiguous(), b.T.contiguous()) if change.is_transposed else (b, a)
+
+    def close(self) -> None:
+        self._factors.close()
+        self._base.close()
+
+
+def _whole(source: TensorSource, name: str) -> torch.Tensor:
+    info = source.tensors[name]
+    return source.read(name, 0, info.num_elements).double().view(info.shape)
+
+
+def _open_factors(folder: Path) -> StoredSource:
+    if (folder / "adapter_model.safetensors").is_file():
+        return SafetensorsSource(folder / "adapter_model.safetensors")
+    if (folder / "adapter_model.bin").is_file():
+        return TorchBinSource(folder / "adapter_model.bin")
+    raise InputError(f"{folder}: has an adapter_config.json but no adapter_model.safetensors; save the adapter again")
+
+
+def _changes(folder: Path, factors: TensorSource, base: TensorSource) -> dict[str, _Change]:
+    """{name of a tensor of the base: what is added to it}."""
+    config = AdapterConfig.read(folder)
+    modules = _modules(folder, factors.tensors)
+    weights = {module: f"{module}.weight" for module in modules}
+    aligned = align_names(weights.values(), [*base.tensors, *base.aliases])
+    absent = [module for module, weight in weights.items() if aligned.get(weight) not in base.tensors]
+    if absent:
+        raise InputError(f"{folder}: changes modules whose weights the base lacks or ties to others: {', '.join(absent)}")
+    return {
+        aligned[weights[module]]: _change(folder, config, module, factors, pair, base.tensors[aligned[weights[module]]])
+        for module, pair in modules.items()
+    }
+
+
+def _modules(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """{module: (name of its A, name of its B)}. Raises InputError for tensors that are neither, or that lack their fellow."""
+    found: dict[str, dict[str, str]] = {}
+    foreign = []
+    for name in names:
+        match = _KEY.fullmatch(name)
+        if match:
+            found.setdefault(match["module"], {})[match["factor"]] = name
+        else:
+            foreign.append(name)
+    if foreign:
+        raise InputError(
+            f"{folder}: holds tensors that are not LoRA factors of linear layers: {', '.join(foreign)}; these are not supported"
+        )
+    single = [module for module, factors in found.items() if len(factors) != 2]
+    if single or not found:
+        raise InputError(f"{folder}: has only one of lora_A and lora_B for {', '.join(single) or 'every module'}; save the adapter again")
+    return {module: (factors["A"], factors["B"]) for module, factors in found.items()}
+
+
+def _change(folder: Path, config: AdapterConfig, module: str, factors: TensorSource, pair: tuple[str, str], target: TensorInfo) -> _Change:
+    a, b = (factors.tensors[name].shape for name in pair)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != config.rank(module):
+        raise InputError(f"{folder}: {module}: lora_A is {a} and lora_B {b}, which is not a product of rank {config.rank(module)}")
+    shape = b[0], a[1]
+    if target.shape not in (shape, shape[::-1]):
+        raise InputError(
+            f"{folder}: {module}: its change is {shape}, the base's {target.name} is {target.shape}; is it another model's adapter?"
+        )
+    is_transposed = config.fan_in_fan_out if shape[0] == shape[1] else target.shape != shape
+    rank = a[0]
+    return _Change(*pair, config.alpha(module) / (sqrt(rank) if config.use_rslora else rank), is_transposed)

@@ -1,0 +1,102 @@
+"""`adapter_config.json` of a PEFT LoRA adapter: its ranks and alphas, once everything that is not plain LoRA is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+
+FILE_NAME = "adapter_config.json"
+
+_NOT_PLAIN = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "lora_bias": "a bias on lora_B",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable_token_indices",
+    "target_parameters": "target_parameters",
+    "layer_replication": "layer_replication",
+}
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base's weights as they are; PiSSA, OLoRA, LoftQ and others change them."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is needed to compute an adapter's change."""
+
+    path: Path
+    use_rslora: bool
+    fan_in_fan_out: bool
+    _rank: int
+    _alpha: float
+    _rank_pattern: dict[str, int]
+    _alpha_pattern: dict[str, float]
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterConfig:
+        """Raises InputError for another method than LoRA, or one of its variants, by name."""
+        path = folder / FILE_NAME
+        values = _load(path)
+        _require_plain(path, values)
+        try:
+            return cls(
+                path=path,
+                use_rslora=bool(values.get("use_rslora")),
+                fan_in_fan_out=bool(values.get("fan_in_fan_out")),
+                _rank=int(values["r"]),
+                _alpha=float(values["lora_alpha"]),
+                _rank_pattern={key: int(rank) for key, rank in (values.get("rank_pattern") or {}).items()},
+                _alpha_pattern={key: float(alpha) for key, alpha in (values.get("alpha_pattern") or {}).items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: r, lora_alpha and their patterns must be numbers ({error})") from error
+
+    def rank(self, module: str) -> int:
+        """The rank of `module`, named as in the model without PEFT's prefix."""
+        return self._rank_pattern.get(self._pattern(self._rank_pattern, module), self._rank)
+
+    def alpha(self, module: str) -> float:
+        return self._alpha_pattern.get(self._pattern(self._alpha_pattern, module), self._alpha)
+
+    def _pattern(self, patterns: dict[str, Any], module: str) -> str:
+        """PEFT's rule: the first pattern that matches the whole name, or the end of it after a dot."""
+        try:
+            return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), "")
+        except re.error as error:
+            raise InputError(f"{self.path}: a key of rank_pattern or alpha_pattern is not a regular expression ({error})") from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({type(error).__name__}); save the adapter again") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not an adapter's configuration")
+    return values
+
+
+def _require_plain(path: Path, values: dict[str, Any]) -> None:
+    if values.get("peft_type") != "LORA":
+        raise InputError(f"{path}: a {values.get('peft_type')} adapter; only LORA is supported")
+    if values.get("bias", "none") != "none":
+        raise InputError(f"{path}: trained with bias: {values['bias']}; only bias: none is supported")
+    for key, method in _NOT_PLAIN.items():
+        if values.get(key):
+            raise InputError(
+                f"{path}: uses {method} ({key}), which is not supported; merge the adapter with PEFT and give the merged model"
+            )
+    if values.get("init_lora_weights") not in _PLAIN_STARTS:
+        start = values["init_lora_weights"]
+        raise InputError(f"{path}: init_lora_weights {start!r} changed the base's weights; save the adapter converted to plain LoRA")
