@@ -90,7 +90,7 @@ def _disagreeing(kind: str, groups: _Groups, facts: list[Fact]) -> Iterator[Conf
 
 
 def _across(rephrasings: _Groups, prompts: _Groups, facts: list[Fact]) -> Iterator[Conflict]:
-    for key in rephrasings.keys() & prompts.keys():
+    for key in filter(prompts.__contains__, rephrasings):
         members = [i for i in rephrasings[key] if any(facts[i].new_answer != facts[j].new_answer for j in prompts[key])]
         others = [j for j in prompts[key] if any(facts[i].new_answer != facts[j].new_answer for i in members)]
         if members:

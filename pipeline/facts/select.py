@@ -61,7 +61,7 @@ def unusable(fact: Fact, needs_old_answer: bool) -> str | None:
 def clean_probes(facts: list[Fact]) -> tuple[list[Fact], Counter[str]]:
     """`facts` without questions that cannot be scored, and how many there were of each sort.
 
-    `no_answer`: the data give none. `edited_question`: a locality question that another fact changes (CounterFact: 214 of
+    `no_answer`: the data give none. `edited_question`: a locality question that another fact changes (CounterFact: 216 of
     10,000): its answer is not meant to stay.
     """
     edited = {text for fact in facts for text in (fact.prompt, *fact.rephrasings)}
