@@ -86,7 +86,7 @@ def _is_alive(run_dir: Path) -> bool:
 
 def _progress(folder: Path) -> str:
     """The last training step that was logged, if the stage trains."""
-    log = folder / "log.jsonl"
+    log = folder / "steps.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     if not lines:
         return ""
