@@ -36,6 +36,8 @@ def read(path: str | list[str], format: str = "auto", old_answer: str = "pred") 
 
     Raises InputError for a missing or unreadable file, an unknown schema, or another one than `format` names.
     """
+    if format not in ("auto", *READERS):
+        raise InputError(f"facts.format: no schema {format!r}; known ones are auto, {', '.join(READERS)}")
     paths = [path] if isinstance(path, str) else path
     if len(paths) > 2:
         raise InputError(f"facts.path: {len(paths)} files; give one, or an [old, new] pair of Alpaca files")

@@ -292,6 +292,11 @@ def test_an_unknown_schema_names_its_fields_and_the_known_ones(tmp_path: Path) -
         read(write(tmp_path, {"Corpus": "C4", "Text": "..."}))
 
 
+def test_an_unknown_format_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no schema 'zs'; known ones are auto, flearn, zsre"):
+        read(write(tmp_path, ZSRE), "zs")
+
+
 def test_ids_are_made_unique(tmp_path: Path) -> None:
     facts = read(write(tmp_path, COUNTERFACT, COUNTERFACT, COUNTERFACT | {"case_id": "7-2"})).facts
     assert [fact.id for fact in facts] == ["7", "7-2", "7-2-2"]
