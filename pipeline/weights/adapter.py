@@ -18,7 +18,7 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.weights.adapter_config import AdapterConfig
-from pipeline.weights.names import align_names
+from pipeline.weights.conversions import align_to_base
 from pipeline.weights.safetensors import SafetensorsSource
 from pipeline.weights.source import TensorInfo, TensorSource
 from pipeline.weights.stored import StoredSource
@@ -103,7 +103,7 @@ def _changes(folder: Path, factors: TensorSource, base: TensorSource) -> dict[st
     config = AdapterConfig.read(folder)
     modules = _modules(folder, factors.tensors)
     weights = {module: f"{module}.weight" for module in modules}
-    aligned = align_names(weights.values(), [*base.tensors, *base.aliases])
+    aligned = align_to_base(list(weights.values()), base)
     absent = [module for module, weight in weights.items() if aligned.get(weight) not in base.tensors]
     if absent:
         raise InputError(f"{folder}: changes modules whose weights the base lacks or ties to others: {', '.join(absent)}")

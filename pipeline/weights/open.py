@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.errors import InputError
 from pipeline.weights import adapter_config
 from pipeline.weights.adapter import AdapterSource
-from pipeline.weights.names import align_names
+from pipeline.weights.conversions import align_to_base
 from pipeline.weights.safetensors import SafetensorsSource
 from pipeline.weights.source import TensorSource
 from pipeline.weights.stored import StoredSource
@@ -39,7 +39,7 @@ def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSou
         return AdapterSource(path, base)
     source = _open_stored(path)
     if base is not None:
-        source.rename(align_names([*source.tensors, *source.aliases], [*base.tensors, *base.aliases]))
+        source.rename(align_to_base([*source.tensors, *source.aliases], base))
     return source
 
 

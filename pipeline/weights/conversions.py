@@ -1,0 +1,86 @@
+"""The names that transformers gives a hub file's tensors when it loads them: `embed_out.weight` runs as `lm_head.weight`.
+
+transformers (5 and later) keeps a table of such renamings per model; it is asked here, for models whose tensors are
+renamed but not regrouped (dense ones).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import InputError
+from pipeline.weights.names import align_names
+from pipeline.weights.source import TensorSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def runtime_names(names: Collection[str], architecture: str, model_type: str) -> dict[str, str]:
+    """{hub name: name in the running model} for the `names` that transformers renames.
+
+    `architecture` and `model_type` are as in a config (`GPTNeoXForCausalLM`, `gpt_neox`).
+    Raises InputError for tensors that it splits or merges (mixtures of experts).
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    table = get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(model_type) or []
+    table = [*table, *(get_checkpoint_conversion_mapping("legacy") or [])]
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    renamed = {name: _rename(name, renamings) for name in names}
+    converters = [entry for entry in table if not isinstance(entry, WeightRenaming)]
+    regrouped = [name for name, new in renamed.items() if any(entry.rename_source_key(new)[1] is not None for entry in converters)]
+    if regrouped:
+        raise InputError(
+            f"{architecture}: transformers regroups {len(regrouped)} of its tensors on loading ({regrouped[0]} ...), which is not supported"
+        )
+    return {name: new for name, new in renamed.items() if new != name}
+
+
+def _rename(name: str, renamings: list[Any]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+def align_to_model(names: Collection[str], model: PreTrainedModel) -> dict[str, str]:
+    """{hub name: name in `model.state_dict()`}, for those of `names` that the model has."""
+    targets = model.state_dict(keep_vars=True).keys()
+    unknown = [name for name in names if name not in targets]
+    renamed = runtime_names(unknown, type(model).__name__, model.config.model_type)
+    aligned = align_names([renamed.get(name, name) for name in names], targets)
+    return {name: aligned[renamed.get(name, name)] for name in names if renamed.get(name, name) in aligned}
+
+
+def align_to_base(names: Collection[str], base: TensorSource) -> dict[str, str]:
+    """{name in a running model: the base's name for it}, for those of `names` that the base has.
+
+    Raises InputError where they are not one to one.
+    """
+    hub = [*base.tensors, *base.aliases]
+    aligned = align_names(names, hub)
+    if len(aligned) in (len(names), len(hub)):
+        return aligned
+    renamed = runtime_names([name for name in hub if name not in aligned.values()], *_kind(base))
+    if not renamed:
+        return aligned
+    hub_name = {renamed.get(name, name): name for name in hub}
+    if len(hub_name) != len(hub):
+        raise InputError("transformers gives several of the base's tensors one name, so names are not one to one")
+    return {name: hub_name[runtime] for name, runtime in align_names(names, hub_name).items()}
+
+
+def _kind(base: TensorSource) -> tuple[str, str]:
+    """Architecture and model type of the model whose tensors `base` has; empty where it has no config."""
+    path = getattr(base, "path", None)
+    config_path = (path if path.is_dir() else path.parent) / "config.json" if path else None
+    if config_path is None or not config_path.is_file():
+        return "", ""
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        return str((config.get("architectures") or [""])[0]), str(config.get("model_type") or "")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{config_path}: not a model's configuration ({error})") from error
