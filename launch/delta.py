@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.delta.subtract import Outcome
 
 SOURCE = "a model folder, a ZeRO checkpoint, an adapter folder, ..."
 
@@ -33,14 +36,25 @@ def _add_subtract(group: Any) -> None:
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
+    """What decides where and how a result is written, never its bytes (but for the shards' size)."""
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of one safetensors file (default 2GB)")
+    parser.add_argument("--memory", default="256MiB", metavar="SIZE", help="the most to use besides Python and torch (default 256MiB)")
+    parser.add_argument("--io", choices=["auto", "direct", "buffered"], default="auto", help="past or through the page cache")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="be the I-th of N workers on one shared folder")
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, separator, count = text.partition("/")
+    if not separator or not number.isdecimal() or not count.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 1/4")
+    return int(number), int(count)
 
 
 def _subtract(arguments: argparse.Namespace) -> int:
     from pipeline.delta.subtract import subtract
 
     with _bar("subtracting") as progress:
-        manifest = subtract(
+        outcome = subtract(
             arguments.base,
             arguments.tuned,
             arguments.scale,
@@ -48,13 +62,21 @@ def _subtract(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             rounding=arguments.rounding,
             max_shard_size=arguments.max_shard_size,
+            memory=arguments.memory,
+            io=arguments.io,
+            part=arguments.part,
             progress=progress,
         )
-    print(_summary(manifest, arguments.out))
+    print(_summary(outcome, arguments.out))
     return 0
 
 
-def _summary(manifest: dict[str, Any], out: Path) -> str:
+def _summary(outcome: Outcome, out: Path) -> str:
+    if outcome.state == "waiting":
+        return f"{out}: this part is done; {outcome.num_waiting} shards are left to other parts"
+    if outcome.state == "found":
+        return f"{out}: already done, nothing was written"
+    manifest = outcome.manifest
     survival = manifest["survival"]
     lines = [f"{out}: {manifest['num_bytes'] / 1e9:.2f} GB in {len(manifest['shards'])} shards, {manifest['dtype']}"]
     if survival["projection"] is not None:

@@ -7,12 +7,13 @@ listed at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from pipeline.errors import InputError
+from pipeline.weights.adapter import AdapterSource
 from pipeline.weights.shard import Shard, plan_shards
 from pipeline.weights.source import TensorInfo, TensorSource
 
@@ -78,10 +79,9 @@ def match(base: TensorSource, tuned: TensorSource) -> tuple[dict[str, str | None
     Raises InputError with everything that does not fit.
     """
     unusable = [problem for info in base.tensors.values() for problem in _unusable(info)]
-    changed: Collection[str] | None = getattr(tuned, "changed", None)
-    if changed is not None:  # an adapter: the rest is the base itself
-        _raise(unusable + [f"{name} is changed by the adapter but is not in the base" for name in changed if name not in base.tensors])
-        return {name: name if name in changed else None for name in base.tensors}, []
+    if isinstance(tuned, AdapterSource):
+        _raise(unusable)
+        return {name: name if name in tuned.changed else None for name in base.tensors}, []
     names = {name: _other_name(base, tuned, info) for name, info in base.tensors.items()}
     problems = [problem for name, other in names.items() if other for problem in _misfits(base.tensors[name], other, tuned)]
     extra, notes = _extra(base, tuned)

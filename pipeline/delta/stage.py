@@ -22,7 +22,7 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
     forget = Forget.model_validate(section["forget"])
     assert isinstance(forget.scale, float)
     with _progress(context) as progress:
-        manifest = subtract(
+        outcome = subtract(
             model_folder(inputs["base"]),
             Path(inputs["tuned"].model_path),
             forget.scale,
@@ -33,6 +33,7 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
             max_shard_size=forget.max_shard_size,
             progress=progress,
         )
+    manifest = outcome.manifest
     for warning in manifest["warnings"]:
         log.warning("forget: %s", warning)
     return {

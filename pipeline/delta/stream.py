@@ -1,58 +1,223 @@
-"""The stream: shards written slice by slice from the base and the tuned source, never a whole tensor in memory."""
+"""The stream: shards computed chunk by chunk on a few threads, so that reading, arithmetic and writing overlap.
+
+Each thread takes the next chunk, reads the base's and the tuned model's elements, computes, writes the chunk at its
+place, waits until the chunk before it is hashed, and hashes its own. A thread owns its buffers, so memory is bounded by
+the number of threads, and the memory limit decides that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import torch
 from blake3 import blake3
 
-from pipeline.delta.arithmetic import Arithmetic, Formula
+from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula
+from pipeline.delta.chunks import CHUNK_BYTES, Chunk, Part, cut
+from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
 from pipeline.delta.plan import Item, Plan
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
-from pipeline.weights.shard import Shard, ShardWriter
-from pipeline.weights.source import TensorSource
+from pipeline.weights.adapter import AdapterSource
+from pipeline.weights.shard import Shard
+from pipeline.weights.source import DTYPE_BYTES, TensorSource
 
-SLICE_ELEMENTS = 1 << 20
+MAX_THREADS = 8
+_SCRATCH_BYTES = 64 * BLOCK_ELEMENTS
+"""A thread's intermediate results, stochastic rounding's included."""
+_DELTA_BYTES = 16
+"""Memory for one element of an adapter's change: float64, float32 and a copy."""
 
-Report = Callable[[int], None]
+Receipt = dict[str, Any]
+"""Of a finished shard: blake3 of the bytes, and the survival sums, of each of its tensors."""
 
 
-def write_shard(
-    plan: Plan, shard: Shard, base: TensorSource, tuned: TensorSource, formula: Formula, out: Path, report: Report
-) -> dict[str, Any]:
-    """Write `shard` into the folder `out`; its receipt: blake3 of the bytes, and the survival sums, of every tensor."""
-    arithmetic = Arithmetic(formula)
-    tensors = {}
-    with ShardWriter(out / shard.file_name, shard.tensors) as writer:
-        for info in shard.tensors:
-            digest, survival = blake3(), Survival()
-            for start in range(0, info.num_elements, SLICE_ELEMENTS):
-                stop = min(start + SLICE_ELEMENTS, info.num_elements)
-                values = _compute(plan.items[info.name], base, tuned, start, stop, arithmetic, survival)
-                digest.update(values.view(torch.uint8).numpy().data)
-                writer.write_slice(info.name, start, values)
-                report(values.nbytes)
+class Output(Protocol):
+    """Where a shard's bytes go."""
+
+    def write_pages(self, view: memoryview, num_bytes: int, offset: int) -> None: ...
+    def commit(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class Making:
+    """A shard in the making: its output, and what is known of its tensors so far. Chunks are noted in their order."""
+
+    def __init__(self, shard: Shard, output: Output) -> None:
+        self.shard = shard
+        self.output = output
+        self.turn = 0
+        """Number of the chunk whose turn it is to be noted."""
+        self._digests = {tensor.name: blake3() for tensor in shard.tensors}
+        self._survivals = {tensor.name: Survival() for tensor in shard.tensors}
+
+    def note(self, chunk: Chunk, memory: memoryview, survivals: Sequence[Survival | None]) -> None:
+        for part, survival in zip(chunk.parts, survivals, strict=True):
+            self._digests[part.tensor.name].update(memory[part.position : part.end])
+            if survival is not None:
+                self._survivals[part.tensor.name].add(survival)
+        self.turn += 1
+
+    def finish(self) -> Receipt:
+        """Put the shard into its place. Raises InputError if a weight is not a finite number."""
+        for name, survival in self._survivals.items():
             if not survival.is_finite:
-                raise InputError(f"{info.name}: holds NaN or infinity in the base, in the tuned model or in the result")
-            tensors[info.name] = {"blake3": digest.hexdigest(), "survival": vars(survival)}
-    return {"tensors": tensors}
+                raise InputError(f"{name}: NaN or infinity in the base, in the tuned model, or after rounding to the stored dtype")
+        self.output.commit()
+        return {name: {"blake3": digest.hexdigest(), "survival": asdict(self._survivals[name])} for name, digest in self._digests.items()}
 
 
-def _compute(
-    item: Item, base: TensorSource, tuned: TensorSource, start: int, stop: int, arithmetic: Arithmetic, survival: Survival
-) -> torch.Tensor:
-    values = base.read(item.info.name, start, stop)
-    if item.other is None and item.info.dtype == item.base.dtype:
-        return values
-    out = torch.empty(stop - start, dtype=getattr(torch, item.info.dtype))
-    if item.other is None:
-        arithmetic.cast(item.info.name, start, values, out)
-        return out
-    read_delta = getattr(tuned, "delta", None)
-    other = tuned.read(item.other, start, stop) if read_delta is None else read_delta(item.other, start, stop)
-    survival.add(arithmetic.subtract(item.info.name, start, values, other, out, read_delta is not None))
-    return out
+class Stream:
+    """Computes shards of a plan; each ends as a committed output and a receipt."""
+
+    def __init__(self, plan: Plan, base: TensorSource, tuned: TensorSource, formula: Formula, memory_bytes: int, io: Io) -> None:
+        """Raises InputError if `memory_bytes` is too little for one thread."""
+        self._plan = plan
+        self._formula = formula
+        self._base, self._tuned = SliceReader(base, io), SliceReader(tuned, io)
+        self._adapter = tuned if isinstance(tuned, AdapterSource) else None
+        self._base_room, self._tuned_room = _rooms(plan, tuned)
+        per_thread = CHUNK_BYTES + self._base_room + self._tuned_room + _SCRATCH_BYTES
+        self._num_threads = min(MAX_THREADS, memory_bytes // per_thread)
+        if self._num_threads == 0:
+            raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {(per_thread >> 20) + 1}MiB")
+        self._lock = threading.Lock()
+        self._moved = threading.Condition(self._lock)
+        self._open: list[Making] = []
+        self._num_done = 0
+        self._failure: BaseException | None = None
+
+    def run(
+        self,
+        shards: Sequence[Shard],
+        open_output: Callable[[Shard], Output],
+        on_whole: Callable[[Shard, Receipt], None],
+        on_progress: Callable[[int], None],
+    ) -> None:
+        """Compute `shards`.
+
+        Args:
+            open_output: Called for each shard, in order, when its first chunk is begun.
+            on_whole: Called when a shard is committed, from any thread.
+            on_progress: Called in the caller's thread with the bytes done so far.
+
+        Raises whatever a thread raised first; shards not committed by then are abandoned.
+        """
+        jobs = self._jobs(shards, open_output)
+        threads = [threading.Thread(target=self._work, args=(jobs, on_whole), daemon=True) for _ in range(self._num_threads)]
+        try:
+            with _one_torch_thread():
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    while thread.is_alive():
+                        thread.join(0.1)
+                        on_progress(self._num_done)
+        except BaseException as error:  # the caller was interrupted
+            self._fail(error)
+            for thread in threads:
+                thread.join()
+        self._base.close()
+        self._tuned.close()
+        if self._failure is not None:
+            for making in self._open:
+                making.output.abandon()
+            raise self._failure
+
+    def _jobs(self, shards: Sequence[Shard], open_output: Callable[[Shard], Output]) -> Iterator[tuple[Making, Chunk]]:
+        for shard in shards:
+            making = Making(shard, open_output(shard))
+            self._open.append(making)
+            for chunk in cut(shard):
+                yield making, chunk
+
+    def _work(self, jobs: Iterator[tuple[Making, Chunk]], on_whole: Callable[[Shard, Receipt], None]) -> None:
+        try:
+            memory, base, tuned = page_memory(CHUNK_BYTES), page_memory(self._base_room), page_memory(self._tuned_room)
+            arithmetic = Arithmetic(self._formula)
+            while (job := self._next(jobs)) is not None:
+                making, chunk = job
+                survivals = self._compute(chunk, memory, base, tuned, arithmetic)
+                making.output.write_pages(memory, chunk.num_bytes, chunk.offset)
+                self._note(making, chunk, memory, survivals)
+                if chunk.is_last:
+                    receipt = making.finish()
+                    self._open.remove(making)
+                    on_whole(making.shard, receipt)
+        except BaseException as error:
+            self._fail(error)
+
+    def _next(self, jobs: Iterator[tuple[Making, Chunk]]) -> tuple[Making, Chunk] | None:
+        with self._lock:
+            return next(jobs, None) if self._failure is None else None
+
+    def _compute(
+        self, chunk: Chunk, memory: memoryview, base: memoryview, tuned: memoryview, arithmetic: Arithmetic
+    ) -> list[Survival | None]:
+        memory[: len(chunk.header)] = chunk.header
+        return [self._compute_part(part, memory, base, tuned, arithmetic) for part in chunk.parts]
+
+    def _compute_part(self, part: Part, memory: memoryview, base: memoryview, tuned: memoryview, arithmetic: Arithmetic) -> Survival | None:
+        """Fill the part's place in `memory`. `base` and `tuned` are room to read into."""
+        item = self._plan.items[part.tensor.name]
+        values = self._base.read(item.base.name, part.start, part.stop, base)
+        out = torch.frombuffer(memory, dtype=getattr(torch, part.tensor.dtype), count=part.stop - part.start, offset=part.position)
+        if item.other is None:
+            _keep(item, part, values, out, arithmetic)
+            return None
+        if self._adapter is not None:
+            return arithmetic.subtract(
+                item.info.name, part.start, values, self._adapter.delta(item.other, part.start, part.stop), out, True
+            )
+        return arithmetic.subtract(
+            item.info.name, part.start, values, self._tuned.read(item.other, part.start, part.stop, tuned), out, False
+        )
+
+    def _note(self, making: Making, chunk: Chunk, memory: memoryview, survivals: list[Survival | None]) -> None:
+        with self._moved:
+            self._moved.wait_for(lambda: making.turn == chunk.number or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+        making.note(chunk, memory, survivals)
+        with self._moved:
+            self._num_done += chunk.num_bytes
+            self._moved.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._moved:
+            self._failure = self._failure or error
+            self._moved.notify_all()
+
+
+def _keep(item: Item, part: Part, values: torch.Tensor, out: torch.Tensor, arithmetic: Arithmetic) -> None:
+    if values.dtype == out.dtype:
+        out.copy_(values)
+    else:
+        arithmetic.cast(item.info.name, part.start, values, out)
+
+
+def _rooms(plan: Plan, tuned: TensorSource) -> tuple[int, int]:
+    """The bytes that one thread needs to read a chunk's elements into: of the base, and of the tuned model."""
+    base_room = tuned_room = 1
+    for item in plan.items.values():
+        num_elements = min(item.info.num_elements, CHUNK_BYTES // DTYPE_BYTES[item.info.dtype])
+        base_room = max(base_room, room_for(num_elements * DTYPE_BYTES[item.base.dtype]))
+        if item.other is not None:
+            size = _DELTA_BYTES if isinstance(tuned, AdapterSource) else DTYPE_BYTES[tuned.tensors[item.other].dtype]
+            tuned_room = max(tuned_room, room_for(num_elements * size))
+    return base_room, tuned_room
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The stream's own threads are enough: torch's would multiply with them."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -14,14 +14,15 @@ from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pipeline.artifact import content_digest, write_json
 from pipeline.delta import diagnostics
 from pipeline.delta.arithmetic import Formula, Rounding
+from pipeline.delta.disk import Io, OutputFile
 from pipeline.delta.journal import Journal
 from pipeline.delta.plan import Plan, make_plan
-from pipeline.delta.stream import write_shard
+from pipeline.delta.stream import Stream
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
 from pipeline.weights.open import open_source
@@ -29,12 +30,22 @@ from pipeline.weights.safetensors import INDEX
 from pipeline.weights.shard import index_of, parse_size
 from pipeline.weights.writer import copy_extras, main_dtype, require_free
 
-Dtype = Literal["float32", "bfloat16", "float16", "same"]
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes to write in all."""
 
 ARITHMETIC_VERSION = 1
 """Part of the recipe: to be raised whenever the same inputs would give other bytes."""
+
+
+class Outcome(NamedTuple):
+    """What a call came to."""
+
+    state: Literal["written", "found", "waiting"]
+    """`found`: it was complete before; `waiting`: this part is done, other parts are not."""
+    manifest: dict[str, Any]
+    """Of the complete output; empty while waiting."""
+    num_waiting: int
+    """Shards that other parts have yet to write."""
 
 
 def subtract(
@@ -43,55 +54,61 @@ def subtract(
     scale: float,
     out: Path,
     *,
-    dtype: Dtype = "float32",
+    dtype: str | dict[str, str] = "float32",
     rounding: Rounding = "nearest",
     seed: int = 0,
     max_shard_size: str | int = "2GB",
+    memory: str | int = "256MiB",
+    io: Io = "auto",
+    part: tuple[int, int] = (1, 1),
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the model base - scale * (tuned - base) into the folder `out`, and return its manifest.
+) -> Outcome:
+    """Write the model base - scale * (tuned - base) into the folder `out`.
 
     Args:
         base: The model to subtract from: any tensor source's path. Config and tokenizer are copied from it.
         tuned: The fine-tuned model, or an adapter on `base`.
         scale: The paper's lambda.
         out: A new folder, or one that this very command was killed at.
-        dtype: How floating-point weights are stored; `same`: each as in the base.
+        dtype: How floating-point weights are stored: float32, bfloat16, float16, `same` (each as in the base), or a
+            dtype for each tensor by name.
         rounding: To 16 bits: to the nearest value, or stochastic, which keeps the mean.
         seed: Of stochastic rounding.
         max_shard_size: Such as `2GB`.
+        memory: The most to use besides Python and torch themselves, such as `256MiB`.
+        io: `direct` past the page cache, `buffered` through it; `auto`: direct for large files where it can be had.
+        part: (i, n): do the i-th of n parts (from 1). The one that finishes last completes `out`.
 
     Raises:
         InputError: The models do not fit, `out` holds something else, the disk is too full, or a weight is not finite.
     """
     if not math.isfinite(scale):
         raise InputError(f"scale {scale}: must be a finite number")
+    if not 1 <= part[0] <= part[1]:
+        raise InputError(f"part {part[0]}/{part[1]}: must be I/N with I from 1 to N")
     formula = Formula(scale, rounding, seed)
-    max_shard_bytes = parse_size(max_shard_size)
+    sizes = parse_size(max_shard_size), parse_size(memory)
     with closing(open_source(base)) as base_source, closing(open_source(tuned, base=base_source)) as tuned_source:
-        plan = make_plan(base_source, tuned_source, dtype, max_shard_bytes)
-        recipe = _recipe(base, tuned, formula, dtype, max_shard_bytes)
+        plan = make_plan(base_source, tuned_source, dtype, sizes[0])
+        stream = Stream(plan, base_source, tuned_source, formula, sizes[1], io)
+        recipe = _recipe(base, tuned, formula, dtype, sizes[0])
         journal = Journal(out)
         manifest = journal.claim(recipe)
         if manifest is not None:
-            return manifest
-        missing = [shard for shard in plan.shards if journal.receipt(shard) is None]
+            return Outcome("found", manifest, 0)
+        missing = [shard for shard in plan.shards[part[0] - 1 :: part[1]] if journal.receipt(shard) is None]
         num_bytes = sum(shard.num_bytes for shard in missing)
         require_free(out, num_bytes)
-        num_done = 0
-
-        def report(more: int) -> None:
-            nonlocal num_done
-            num_done += more
-            if progress is not None:
-                progress(num_done, num_bytes)
-
-        for shard in missing:
-            journal.record(shard, write_shard(plan, shard, base_source, tuned_source, formula, out, report))
-        return _finish(journal, plan, recipe, formula)
+        stream.run(
+            missing,
+            open_output=lambda shard: OutputFile(out / shard.file_name, shard.num_bytes, io),
+            on_whole=journal.record,
+            on_progress=lambda num_done: progress(num_done, num_bytes) if progress is not None else None,
+        )
+    return _finish(journal, plan, recipe, formula)
 
 
-def _recipe(base: Path, tuned: Path, formula: Formula, dtype: str, max_shard_bytes: int) -> dict[str, Any]:
+def _recipe(base: Path, tuned: Path, formula: Formula, dtype: str | dict[str, str], max_shard_bytes: int) -> dict[str, Any]:
     """Everything that decides the output's bytes. Paths are for the reader; digests decide."""
     recipe = {
         "version": ARITHMETIC_VERSION,
@@ -106,21 +123,21 @@ def _recipe(base: Path, tuned: Path, formula: Formula, dtype: str, max_shard_byt
     return recipe
 
 
-def _finish(journal: Journal, plan: Plan, recipe: dict[str, Any], formula: Formula) -> dict[str, Any]:
-    """Put index, config and tokenizer beside the shards, then the manifest."""
-    receipts = {}
-    for shard in plan.shards:
-        receipt = journal.receipt(shard)
-        assert receipt is not None, shard
-        receipts.update(receipt["tensors"])
+def _finish(journal: Journal, plan: Plan, recipe: dict[str, Any], formula: Formula) -> Outcome:
+    """If every part is done, put index, config and tokenizer beside the shards, then the manifest."""
+    receipts = [journal.receipt(shard) for shard in plan.shards]
+    num_waiting = receipts.count(None)
+    if num_waiting:
+        manifest = journal.claim(recipe)  # another worker may have completed the output just now
+        return Outcome("written", manifest, 0) if manifest is not None else Outcome("waiting", {}, num_waiting)
     if len(plan.shards) > 1:
         write_json(journal.out / INDEX, index_of(plan.shards))
     base = Path(recipe["base"]["path"])
     if base.is_dir():
         copy_extras(base, journal.out, main_dtype(plan.shards))
-    manifest = _manifest(plan, receipts, recipe, formula)
+    manifest = _manifest(plan, {name: noted for receipt in receipts if receipt for name, noted in receipt.items()}, recipe, formula)
     journal.commit(manifest)
-    return manifest
+    return Outcome("written", manifest, 0)
 
 
 def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], formula: Formula) -> dict[str, Any]:

@@ -7,8 +7,11 @@ import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from pipeline.artifact import sync_folder
+
+Self = TypeVar("Self", bound="AsideFile")
 
 
 class AsideFile:
@@ -44,15 +47,20 @@ class AsideFile:
         os.fsync(self.descriptor)
         os.fchmod(self.descriptor, 0o644)
         os.replace(self.temporary, self.path)
-        os.close(self.descriptor)
+        self._close()
         sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Remove what was written."""
         self.temporary.unlink(missing_ok=True)
-        os.close(self.descriptor)
+        self._close()
 
-    def __enter__(self) -> AsideFile:
+    def _close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -25,14 +25,15 @@ class PreadFile:
     def read_bytes(self, offset: int, num_bytes: int) -> bytes:
         """`num_bytes` bytes from `offset` on. Raises InputError where the file is shorter."""
         buffer = bytearray(num_bytes)
-        self._fill(memoryview(buffer), offset)
+        self.fill(memoryview(buffer), offset)
         return bytes(buffer)
 
     def read_into(self, tensor: torch.Tensor, offset: int) -> None:
         """Fill a contiguous `tensor` with the bytes from `offset` on. Raises InputError where the file is shorter."""
-        self._fill(tensor.view(torch.uint8).numpy().data, offset)
+        self.fill(tensor.view(torch.uint8).numpy().data, offset)
 
-    def _fill(self, view: memoryview, offset: int) -> None:
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on. Raises InputError where the file is shorter."""
         while view:  # network file systems may return less than was asked for
             try:
                 num_read = os.preadv(self._descriptor, [view], offset)

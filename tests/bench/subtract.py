@@ -1,0 +1,191 @@
+"""How fast subtraction runs, against moving the same bytes with the same I/O and no arithmetic: prints one JSON line.
+
+python tests/bench/subtract.py                     # a small model
+python tests/bench/subtract.py --layers 22         # 1.1B weights: 2 x 2.2 GB read, 2.2 GB written
+python tests/bench/subtract.py --mergekit DIR      # also mergekit-yaml of the environment whose bin folder is DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from pipeline.artifact import write_json
+from pipeline.delta.chunks import CHUNK_BYTES
+from pipeline.delta.disk import InputFile, Io, OutputFile, page_memory
+from pipeline.delta.stream import MAX_THREADS
+from pipeline.delta.subtract import subtract
+from pipeline.weights.shard import ShardWriter
+from pipeline.weights.source import TensorInfo
+
+HIDDEN, INNER, KEYS, VOCABULARY = 2048, 5632, 256, 32000
+
+
+def main() -> None:
+    arguments = _parse()
+    folder = Path(tempfile.mkdtemp(prefix="bench-subtract-", dir=arguments.folder))
+    try:
+        print(json.dumps(measure(folder, arguments)))
+    finally:
+        shutil.rmtree(folder)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2, help="of a Llama of width 2048 (22 make 1.1B weights)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="same")
+    parser.add_argument("--rounding", default="nearest")
+    parser.add_argument("--io", default="direct", choices=["auto", "direct", "buffered"])
+    parser.add_argument("--mergekit", type=Path, metavar="DIR", help="a folder that has mergekit-yaml")
+    parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
+    return parser.parse_args()
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """Alternate the two (and mergekit, once), and compare medians."""
+    base, tuned, out = folder / "base", folder / "tuned", folder / "out"
+    for seed, path in enumerate((base, tuned)):
+        write_model(path, arguments.layers, seed)
+    times: dict[str, list[float]] = {"move": [], "subtract": []}
+    options = {"dtype": arguments.dtype, "rounding": arguments.rounding, "io": arguments.io}
+    for _ in range(arguments.rounds):
+        times["move"].append(_timed(lambda: move(base, tuned, out, arguments.io), out))
+        times["subtract"].append(_timed(lambda: subtract(base, tuned, 0.3, out, **options), out))
+    result: dict[str, object] = {
+        "gigabytes_moved": round(3 * (base / "model.safetensors").stat().st_size / 1e9, 2),
+        **{f"{name}_seconds": [round(seconds, 2) for seconds in taken] for name, taken in times.items()},
+        "ratio_to_moving": round(statistics.median(times["subtract"]) / statistics.median(times["move"]), 3),
+        "ratio_of_best": round(min(times["subtract"]) / min(times["move"]), 3),
+        **options,
+    }
+    result |= run_command(base, tuned, out, arguments)
+    if arguments.mergekit is not None:
+        result |= run_mergekit(base, tuned, out, arguments.mergekit)
+    return result
+
+
+def write_model(folder: Path, num_layers: int, seed: int) -> None:
+    """A bf16 model of random weights; the tuned one (seed 1) differs from the base (seed 0) by a little everywhere."""
+    folder.mkdir()
+    infos = [TensorInfo(name, shape, "bfloat16") for name, shape in _shapes(num_layers)]
+    with ShardWriter(folder / "model.safetensors", infos) as writer:
+        for i, info in enumerate(infos):
+            generator = torch.Generator().manual_seed(i)
+            values = torch.randn(info.num_elements, generator=generator) * 0.02
+            if seed:
+                values += torch.randn(info.num_elements, generator=generator) * 2e-4
+            writer.write_slice(info.name, 0, values.bfloat16())
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": num_layers, "vocab_size": VOCABULARY}
+    write_json(folder / "config.json", config | heads | {"torch_dtype": "bfloat16"})
+
+
+def _shapes(num_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (HIDDEN,)
+        for name, size in (("q", HIDDEN), ("k", KEYS), ("v", KEYS), ("o", HIDDEN)):
+            yield f"{prefix}.self_attn.{name}_proj.weight", (size, HIDDEN)
+        yield f"{prefix}.post_attention_layernorm.weight", (HIDDEN,)
+        yield f"{prefix}.mlp.gate_proj.weight", (INNER, HIDDEN)
+        yield f"{prefix}.mlp.up_proj.weight", (INNER, HIDDEN)
+        yield f"{prefix}.mlp.down_proj.weight", (HIDDEN, INNER)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+def _timed(action: Callable[[], object], out: Path) -> float:
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def move(base: Path, tuned: Path, out: Path, io: Io) -> None:
+    """Read both models and write one, in the same chunks on as many threads."""
+    out.mkdir()
+    sources = [InputFile(folder / "model.safetensors", io) for folder in (base, tuned)]
+    num_bytes = (base / "model.safetensors").stat().st_size
+    offsets = iter(range(0, num_bytes, CHUNK_BYTES))
+    lock = threading.Lock()
+
+    def work(target: OutputFile) -> None:
+        areas = [page_memory(CHUNK_BYTES) for _ in sources]
+        while True:
+            with lock:
+                offset = next(offsets, None)
+            if offset is None:
+                return
+            count = min(CHUNK_BYTES, num_bytes - offset)
+            for source, area in zip(sources, areas, strict=True):
+                source.read_pages(area, offset, count) if source.is_direct else source.read(area[:count], offset)
+            target.write_pages(areas[0], count, offset)
+
+    with OutputFile(out / "model.safetensors", num_bytes, io) as target:
+        threads = [threading.Thread(target=work, args=(target,)) for _ in range(MAX_THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def run_command(base: Path, tuned: Path, out: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """`flearn delta subtract` as a process: its seconds, imports included, and its peak of anonymous memory."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", out]
+    seconds, peak = watch([*command, "--dtype", arguments.dtype, "--rounding", arguments.rounding, "--io", arguments.io])
+    _, bare = watch([sys.executable, "-c", "import torch"])
+    return {"command_seconds": round(seconds, 2), "command_peak_mib": peak >> 20, "import_torch_peak_mib": bare >> 20}
+
+
+def run_mergekit(base: Path, tuned: Path, out: Path, folder: Path) -> dict[str, object]:
+    """The same subtraction by mergekit's task arithmetic."""
+    shutil.rmtree(out, ignore_errors=True)
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(tuned), "parameters": {"weight": -0.3}}],
+        "parameters": {"normalize": False},
+        "dtype": "bfloat16",
+    }
+    write_json(out.with_suffix(".yaml"), config)  # JSON is YAML, too
+    seconds, peak = watch([folder / "mergekit-yaml", out.with_suffix(".yaml"), out, "--lazy-unpickle", "--no-copy-tokenizer"])
+    return {"mergekit_seconds": round(seconds, 2), "mergekit_peak_mib": peak >> 20}
+
+
+def watch(command: list[object]) -> tuple[float, int]:
+    """Run a command to its end: the seconds it took, and its highest anonymous memory in bytes, sampled from /proc."""
+    started = time.perf_counter()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process.pid))
+        time.sleep(0.01)
+    assert process.returncode == 0, command
+    return time.perf_counter() - started, peak
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon of a process, 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+
+
+if __name__ == "__main__":
+    main()
