@@ -98,10 +98,10 @@ def fill(model: torch.nn.Module, source: TensorSource) -> None:
     """
     import torch
 
-    from pipeline.weights.names import align_names
+    from pipeline.weights.conversions import align_to_model
 
     targets = model.state_dict(keep_vars=True)
-    aligned = align_names(source.tensors, targets)
+    aligned = align_to_model(source.tensors, model)
     filled = set()
     with torch.no_grad():
         for name, info in source.tensors.items():

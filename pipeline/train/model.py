@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import InputError
 from pipeline.models.load import empty_model
 from pipeline.train.masters import Binding
-from pipeline.weights.names import align_names
+from pipeline.weights.conversions import align_to_model
 from pipeline.weights.source import TensorSource
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def bind(model: torch.nn.Module, source: TensorSource) -> list[Binding]:
     Raises InputError naming what the source lacks, or has in another shape.
     """
     tensors = model.state_dict(keep_vars=True)
-    aligned = align_names(source.tensors, tensors)
+    aligned = align_to_model(source.tensors, model)
     bindings = {}
     for name, info in source.tensors.items():
         tensor = tensors.get(aligned.get(name, name))

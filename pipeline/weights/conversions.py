@@ -15,7 +15,7 @@ from pipeline.weights.names import align_names
 from pipeline.weights.source import TensorSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
 
 def runtime_names(names: Collection[str], architecture: str, model_type: str) -> dict[str, str]:
@@ -46,13 +46,16 @@ def _rename(name: str, renamings: list[Any]) -> str:
     return name
 
 
-def align_to_model(names: Collection[str], model: PreTrainedModel) -> dict[str, str]:
+def align_to_model(names: Collection[str], model: torch.nn.Module) -> dict[str, str]:
     """{hub name: name in `model.state_dict()`}, for those of `names` that the model has."""
     targets = model.state_dict(keep_vars=True).keys()
-    unknown = [name for name in names if name not in targets]
-    renamed = runtime_names(unknown, type(model).__name__, model.config.model_type)
-    aligned = align_names([renamed.get(name, name) for name in names], targets)
-    return {name: aligned[renamed.get(name, name)] for name in names if renamed.get(name, name) in aligned}
+    aligned = align_names(names, targets)
+    if len(aligned) == len(names):
+        return aligned
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    renamed = runtime_names([name for name in names if name not in aligned], type(model).__name__, model_type)
+    runtime = align_names([renamed.get(name, name) for name in names], targets)
+    return {name: runtime[renamed.get(name, name)] for name in names if renamed.get(name, name) in runtime}
 
 
 def align_to_base(names: Collection[str], base: TensorSource) -> dict[str, str]:
