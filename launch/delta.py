@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ def add_parser(commands: Any) -> None:
         required=True, metavar="ACTION"
     )
     _add_subtract(group)
+    _add_inspect(group)
+    _add_verify(group)
+    _add_undo(group)
 
 
 def _add_subtract(group: Any) -> None:
@@ -35,12 +39,39 @@ def _add_subtract(group: Any) -> None:
     parser.set_defaults(handler=_subtract)
 
 
+def _add_inspect(group: Any) -> None:
+    parser = group.add_parser("inspect", help="kind, tensors, dtypes, ties and sizes of what a path holds")
+    parser.add_argument("source", type=Path, metavar="SRC", help=SOURCE)
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.set_defaults(handler=_inspect)
+
+
+def _add_verify(group: Any) -> None:
+    parser = group.add_parser("verify", help="read a result again, and compare with its manifest and its inputs")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that `flearn delta subtract` made")
+    _add_reading(parser)
+    parser.set_defaults(handler=_verify)
+
+
+def _add_undo(group: Any) -> None:
+    parser = group.add_parser("undo", help="get the base back from a float32 result and what was subtracted")
+    parser.add_argument("forgotten", type=Path, metavar="OUT", help="a folder that `flearn delta subtract` made")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder for the base")
+    parser.add_argument("--tuned", type=Path, metavar="SRC", help="the tuned model or adapter (default: where the manifest says)")
+    _add_writing(parser)
+    parser.set_defaults(handler=_undo)
+
+
 def _add_writing(parser: argparse.ArgumentParser) -> None:
     """What decides where and how a result is written, never its bytes (but for the shards' size)."""
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of one safetensors file (default 2GB)")
+    _add_reading(parser)
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="be the I-th of N workers on one shared folder")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", default="256MiB", metavar="SIZE", help="the most to use besides Python and torch (default 256MiB)")
     parser.add_argument("--io", choices=["auto", "direct", "buffered"], default="auto", help="past or through the page cache")
-    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="be the I-th of N workers on one shared folder")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -71,6 +102,44 @@ def _subtract(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from pipeline.delta.inspect import inspect, render
+
+    found = inspect(arguments.source)
+    print(json.dumps(found, ensure_ascii=False, indent=2) if arguments.json else render(found))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pipeline.delta.verify import verify
+
+    verdict = verify(arguments.out, memory=arguments.memory, io=arguments.io)
+    for problem in verdict.problems:
+        print(problem)
+    for note in verdict.notes:
+        print(f"note: {note}")
+    print(f"{arguments.out}: " + (f"{len(verdict.problems)} problems" if verdict.problems else "as it should be"))
+    return 1 if verdict.problems else 0
+
+
+def _undo(arguments: argparse.Namespace) -> int:
+    from pipeline.delta.undo import undo
+
+    with _bar("undoing") as progress:
+        outcome = undo(
+            arguments.forgotten,
+            arguments.out,
+            tuned=arguments.tuned,
+            max_shard_size=arguments.max_shard_size,
+            memory=arguments.memory,
+            io=arguments.io,
+            part=arguments.part,
+            progress=progress,
+        )
+    print(_summary(outcome, arguments.out))
+    return 0
+
+
 def _summary(outcome: Outcome, out: Path) -> str:
     if outcome.state == "waiting":
         return f"{out}: this part is done; {outcome.num_waiting} shards are left to other parts"
@@ -79,7 +148,7 @@ def _summary(outcome: Outcome, out: Path) -> str:
     manifest = outcome.manifest
     survival = manifest["survival"]
     lines = [f"{out}: {manifest['num_bytes'] / 1e9:.2f} GB in {len(manifest['shards'])} shards, {manifest['dtype']}"]
-    if survival["projection"] is not None:
+    if survival["projection"] is not None and not manifest["recipe"].get("undoes"):
         lines.append(
             f"survival: {survival['share_changed']:.1%} of the weights changed; {survival['projection']:.1%} of the intended change"
             f" is stored (cosine {survival['cosine'] or 0:.3f}, norm {survival['norm_ratio']:.2f} times the intended)"

@@ -64,8 +64,11 @@ class Arithmetic:
         self._store(name, start, result, out)
         return self._measure(base32, delta, base32.to(out.dtype) if out.dtype in _NARROW else base32, out)
 
-    def cast(self, name: str, start: int, base: torch.Tensor, out: torch.Tensor) -> None:
+    def keep(self, name: str, start: int, base: torch.Tensor, out: torch.Tensor) -> None:
         """Elements of a tensor that nothing is subtracted from: `base` to `out`, in `out`'s dtype."""
+        if base.dtype == out.dtype:
+            out.copy_(base)
+            return
         for begin in range(0, base.numel(), BLOCK_ELEMENTS):
             values = base[begin : begin + BLOCK_ELEMENTS]
             self._store(name, start + begin, self._result[: values.numel()].copy_(values), out[begin : begin + BLOCK_ELEMENTS])

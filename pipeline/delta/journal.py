@@ -89,6 +89,11 @@ class Journal:
         receipt = _read(self._folder / f"{shard.file_name}.json")
         return receipt if receipt is not None and shard.is_written(self.out) else None
 
+    def receipts(self) -> dict[str, dict[str, Any]]:
+        """All receipts of an unfinished output, by the shard's file name."""
+        files = [path for path in sorted(self._folder.glob("*.json")) if path.name != "recipe.json"]
+        return {path.name.removesuffix(".json"): receipt for path in files if (receipt := _read(path)) is not None}
+
     def record(self, shard: Shard, receipt: dict[str, Any]) -> None:
         """Note that `shard` is in place, with what is to be known of it."""
         write_json(self._folder / f"{shard.file_name}.json", receipt)

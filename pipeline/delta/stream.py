@@ -19,7 +19,7 @@ from blake3 import blake3
 from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula
 from pipeline.delta.chunks import CHUNK_BYTES, Chunk, Part, cut
 from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
-from pipeline.delta.plan import Item, Plan
+from pipeline.delta.plan import Plan
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
 from pipeline.weights.adapter import AdapterSource
@@ -167,7 +167,7 @@ class Stream:
         values = self._base.read(item.base.name, part.start, part.stop, base)
         out = torch.frombuffer(memory, dtype=getattr(torch, part.tensor.dtype), count=part.stop - part.start, offset=part.position)
         if item.other is None:
-            _keep(item, part, values, out, arithmetic)
+            arithmetic.keep(item.info.name, part.start, values, out)
             return None
         if self._adapter is not None:
             return arithmetic.subtract(
@@ -191,13 +191,6 @@ class Stream:
         with self._moved:
             self._failure = self._failure or error
             self._moved.notify_all()
-
-
-def _keep(item: Item, part: Part, values: torch.Tensor, out: torch.Tensor, arithmetic: Arithmetic) -> None:
-    if values.dtype == out.dtype:
-        out.copy_(values)
-    else:
-        arithmetic.cast(item.info.name, part.start, values, out)
 
 
 def _rooms(plan: Plan, tuned: TensorSource) -> tuple[int, int]:

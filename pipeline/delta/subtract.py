@@ -61,6 +61,7 @@ def subtract(
     memory: str | int = "256MiB",
     io: Io = "auto",
     part: tuple[int, int] = (1, 1),
+    undoes: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:
     """Write the model base - scale * (tuned - base) into the folder `out`.
@@ -77,6 +78,7 @@ def subtract(
         max_shard_size: Such as `2GB`.
         memory: The most to use besides Python and torch themselves, such as `256MiB`.
         io: `direct` past the page cache, `buffered` through it; `auto`: direct for large files where it can be had.
+        undoes: Whether this takes back an earlier subtraction, so that what survives of the change does not matter.
         part: (i, n): do the i-th of n parts (from 1). The one that finishes last completes `out`.
 
     Raises:
@@ -91,7 +93,7 @@ def subtract(
     with closing(open_source(base)) as base_source, closing(open_source(tuned, base=base_source)) as tuned_source:
         plan = make_plan(base_source, tuned_source, dtype, sizes[0])
         stream = Stream(plan, base_source, tuned_source, formula, sizes[1], io)
-        recipe = _recipe(base, tuned, formula, dtype, sizes[0])
+        recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | ({"undoes": True} if undoes else {})
         journal = Journal(out)
         manifest = journal.claim(recipe)
         if manifest is not None:
@@ -149,7 +151,7 @@ def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], form
         "dtype": dtype,
         "num_bytes": plan.num_bytes,
         "survival": diagnostics.total(survivals).figures(formula.scale),
-        "warnings": diagnostics.warnings(survivals, formula.scale, dtype),
+        "warnings": [] if recipe.get("undoes") else diagnostics.warnings(survivals, formula.scale, dtype),
         "notes": plan.notes,
         "layers": diagnostics.layers(survivals, formula.scale),
         "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in plan.shards],

@@ -1,0 +1,77 @@
+"""Inspect: what a path holds as a tensor source - kind, tensors, dtypes, ties, sizes - without DeepSpeed, reading headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from pipeline.delta.journal import Journal
+from pipeline.weights.adapter_config import FILE_NAME
+from pipeline.weights.open import open_source
+from pipeline.weights.source import TensorSource
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """A JSON object about the tensor source at `path`. An adapter's is about its factors: they need no base to be looked at.
+
+    Raises InputError if `path` is no tensor source, or is damaged.
+    """
+    found = _inspect_adapter(path) if (path / FILE_NAME).is_file() else _inspect(path)
+    manifest = Journal(path).manifest if path.is_dir() else None
+    recipe = (manifest or {}).get("recipe")
+    return found | ({"made_by": recipe} if recipe is not None else {})
+
+
+def _inspect(path: Path) -> dict[str, Any]:
+    with closing(open_source(path)) as source:
+        return {"path": str(path), "kind": source.kind, **_from_checkpoint(source), **_contents(source)}
+
+
+def _inspect_adapter(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    file = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), folder)
+    keys = {"base_model": "base_model_name_or_path", "peft_type": "peft_type", "rank": "r", "alpha": "lora_alpha"}
+    with closing(open_source(file)) as source:
+        return {"path": str(folder), "kind": "adapter", **{name: config.get(key) for name, key in keys.items()}, **_contents(source)}
+
+
+def _from_checkpoint(source: TensorSource) -> dict[str, Any]:
+    """What only training checkpoints have."""
+    facts = {name: getattr(source, name, None) for name in ("stage", "world_size", "global_steps")}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _contents(source: TensorSource) -> dict[str, Any]:
+    tensors = source.tensors.values()
+    dtypes: Counter[str] = Counter()
+    for info in tensors:
+        dtypes[info.dtype] += info.num_elements
+    return {
+        "num_tensors": len(source.tensors),
+        "num_elements": sum(dtypes.values()),
+        "num_bytes": sum(info.num_bytes for info in tensors),
+        "dtypes": dict(dtypes.most_common()),
+        "ties": source.aliases,
+        "empty": [info.name for info in tensors if info.num_elements == 0],
+        "tensors": [{"name": info.name, "shape": list(info.shape), "dtype": info.dtype} for info in tensors],
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """The same for people: the whole on a few lines, then a line a tensor."""
+    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
+    more = "".join(
+        f", {name.replace('_', ' ')} {found[name]}" for name in ("stage", "world_size", "global_steps", "rank", "alpha") if name in found
+    )
+    lines = [
+        f"{found['path']}: {found['kind']}{more}",
+        f"{found['num_tensors']} tensors, {found['num_bytes'] / 1e9:.3f} GB: {dtypes}",
+        *(f"tied: {alias} is {owner}" for alias, owner in found["ties"].items()),
+        *(f"EMPTY: {name}" for name in found["empty"]),
+    ]
+    width = max((len(tensor["name"]) for tensor in found["tensors"]), default=0)
+    rows = [f"  {t['name']:{width}}  {t['dtype']:9}  {'x'.join(map(str, t['shape'])) or 'scalar'}" for t in found["tensors"]]
+    return "\n".join(lines + rows)
