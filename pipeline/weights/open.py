@@ -38,6 +38,8 @@ def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSou
             raise InputError(f"{path}: an adapter; the model that it was trained on must be given with it")
         return AdapterSource(path, base)
     source = _open_stored(path)
+    if not source.tensors:
+        raise InputError(f"{path}: holds no tensors")
     if base is not None:
         source.rename(align_to_base([*source.tensors, *source.aliases], base))
     return source
