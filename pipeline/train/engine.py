@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn import functional
 
 from pipeline.config import Training
 from pipeline.train.deepspeed_config import Ready
+
+_LRU_CACHED = type(lru_cache(len))
 
 
 @contextmanager
@@ -58,9 +61,15 @@ def _announce_zero3(config: dict[str, Any]) -> object:
 
 
 def _forget_zero3() -> None:
+    """Let go of what keeps a ZeRO-3 model, and by it the engine and all its memory, alive for good."""
+    from deepspeed.runtime.zero import parameter_offload
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for cached in gc.get_objects():
+        if isinstance(cached, _LRU_CACHED) and str(cached.__module__).startswith("deepspeed."):
+            cached.cache_clear()
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+"""Checkpoints: only a whole one counts, a new one never costs the old one, leftovers of a killed save are removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.context import Context
+from pipeline.errors import InputError
+from pipeline.train.checkpoint import Checkpoints
+
+
+class Engine:
+    """Saves and loads like DeepSpeed's engine, but small."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.global_steps = 0
+
+    def save_checkpoint(self, folder: str, tag: str, **_: Any) -> bool:
+        path = Path(folder) / tag
+        path.mkdir(parents=True)
+        (path / "model.pt").write_bytes(b"weights")
+        if self.fails:
+            raise OSError(28, "No space left on device")
+        (path / "optim.pt").write_bytes(b"moments")
+        return True
+
+    def load_checkpoint(self, folder: str, tag: str, **_: Any) -> tuple[str | None, Any]:
+        path = Path(folder) / tag
+        if not path.is_dir():
+            return None, None
+        self.global_steps = int(tag.partition("-")[2])
+        return str(path), {}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", Context())
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def test_a_new_one_replaces_the_old_one(checkpoints: Checkpoints) -> None:
+    assert checkpoints.latest() is None
+    for step in (2, 10):
+        checkpoints.save(Engine(), step, without_frozen=False)
+    latest = checkpoints.latest()
+    assert latest is not None and latest.step == 10
+    assert names(checkpoints) == ["step-00000010"]
+
+
+def test_a_failed_save_leaves_the_old_one_and_is_removed_by_the_next_run(checkpoints: Checkpoints) -> None:
+    checkpoints.save(Engine(), 2, without_frozen=False)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(Engine(fails=True), 4, without_frozen=False)
+    assert names(checkpoints) == ["step-00000002", "step-00000004"]
+    latest = checkpoints.latest()
+    assert latest is not None and latest.step == 2
+    assert names(checkpoints) == ["step-00000002"]
+
+
+@pytest.mark.parametrize("damage", ["shorter", "missing"])
+def test_a_damaged_one_does_not_count(checkpoints: Checkpoints, damage: str) -> None:
+    saved = checkpoints.save(Engine(), 2, without_frozen=False)
+    if damage == "shorter":
+        (saved.folder / "optim.pt").write_bytes(b"mom")
+    else:
+        (saved.folder / "optim.pt").unlink()
+    assert checkpoints.latest() is None
+
+
+def test_loading(checkpoints: Checkpoints) -> None:
+    engine = Engine()
+    saved = checkpoints.save(engine, 7, without_frozen=True)
+    checkpoints.load(engine, saved, without_frozen=True)
+    assert engine.global_steps == 7
+    with pytest.raises(InputError, match=r"saved by 1 ranks, but this run has 2; set cluster.ranks=1"):
+        Checkpoints(checkpoints.folder, Context(world_size=2)).load(engine, saved, without_frozen=True)
+    checkpoints.remove()
+    with pytest.raises(RuntimeError, match="did not load"):
+        checkpoints.load(engine, saved, without_frozen=True)
+    assert not checkpoints.folder.exists()
