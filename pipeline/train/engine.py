@@ -31,7 +31,7 @@ def session(ready: Ready) -> Iterator[None]:
     hold = _announce_zero3(ready.config) if ready.zero_stage == 3 else None
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls, not ours
+            warnings.simplefilter("ignore", FutureWarning)  # about calls that DeepSpeed and transformers make
             yield
     finally:
         if hold is not None:

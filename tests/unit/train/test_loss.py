@@ -43,7 +43,8 @@ def test_it_equals_the_full_logit_loss_and_gradient(tiny_model: Any, architectur
         for ranks, micro_size in [(1, 8), (2, 1), (3, 2)]:
             shape = Shape.of(5, micro_size, ranks)
             parts = [part for rank in range(ranks) for part in micro_batches(range(5), shape, rank) if part]
-            total = sum(summed_loss(model, picked, collate([RECORDS[i] for i in part])) for part in parts) / num_targets
+            losses = [summed_loss(model, picked, collate([RECORDS[i] for i in part])) for part in parts]
+            total = torch.stack(losses).sum() / num_targets
             torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
             for found, wanted in zip(torch.autograd.grad(total, parameters), gradients, strict=True):
                 torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
