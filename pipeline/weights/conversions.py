@@ -67,7 +67,9 @@ def align_to_base(names: Collection[str], base: TensorSource) -> dict[str, str]:
     aligned = align_names(names, hub)
     if len(aligned) in (len(names), len(hub)):
         return aligned
-    renamed = runtime_names([name for name in hub if name not in aligned.values()], *_kind(base))
+    architecture, model_type = _kind(base)
+    known = set(aligned.values())
+    renamed = runtime_names([name for name in hub if name not in known], architecture, model_type) if model_type else {}
     if not renamed:
         return aligned
     hub_name = {renamed.get(name, name): name for name in hub}
