@@ -19,6 +19,8 @@ LEAST_LOCALITY = 0.5
 LEAST_KNOWN = 0.5
 GOOD_PROJECTION = 0.9
 LARGEST_NORM_RATIO = 2.0
+LEAST_GENERALITY = 0.5
+"""As a share of reliability."""
 LARGEST_GAP = 0.2
 """Between token accuracy and free generation."""
 
@@ -32,10 +34,12 @@ def find(results: Json) -> list[str]:
     return [
         *_unknown(results["known"]),
         *(text for method in forgetting for text in _not_forgotten(scores, method, protocols, results)),
-        *_collapsed(scores, forgetting, protocols),
+        *_collapsed(scores, forgetting, protocols, "forgotten"),
+        *_collapsed(scores, methods, protocols, "updated"),
         *(text for method, survival in results["survival"].items() for text in _rounded_away(method, survival)),
         *(text for method in methods for text in _not_better(scores, method, protocols[0])),
         *_flattered(scores, methods),
+        *_recited(scores, methods, protocols[0]),
         *_few_records(results["rows"]),
     ]
 
@@ -82,16 +86,20 @@ def _graded(protocols: list[str]) -> list[str]:
     return [protocol for protocol in protocols if protocol != "probability"]
 
 
-def _collapsed(scores: Scores, forgetting: list[str], protocols: list[str]) -> Iterator[str]:
+def _collapsed(scores: Scores, methods: list[str], protocols: list[str], state: str) -> Iterator[str]:
+    when, advice = {
+        "forgotten": ("After forgetting alone", "lambda is too large"),
+        "updated": ("After the update", "the methods cost much that was not to change"),
+    }[state]
     for protocol in _graded(protocols):
-        low = []
-        for method in forgetting:
-            locality = scores.get(method, protocol, "forgotten", "locality")
-            if locality is not None and locality < LEAST_LOCALITY:
-                low.append(f"{look(method).label} {percent(locality)}%")
+        localities = {method: scores.get(method, protocol, state, "locality") for method in methods}
+        low = [
+            f"{look(method).label} {percent(value)}%"
+            for method, value in localities.items()
+            if value is not None and value < LEAST_LOCALITY
+        ]
         if low:
-            unchanged = f"{_short(protocol)}, unchanged: {', '.join(low)}"
-            yield f"After forgetting alone, most unrelated answers have changed ({unchanged}): lambda is too large."
+            yield f"{when}, most unrelated answers have changed ({_short(protocol)}, unchanged: {', '.join(low)}): {advice}."
 
 
 def _rounded_away(method: str, survival: Json) -> Iterator[str]:
@@ -135,6 +143,19 @@ def _flattered(scores: Scores, methods: list[str]) -> Iterator[str]:
             gaps.append(f"{look(method).label} {percent(token)}% against {percent(generation)}%")
     if gaps:
         yield f"Token accuracy flatters: far fewer of the free answers are the new one ({', '.join(gaps)})."
+
+
+def _recited(scores: Scores, methods: list[str], protocol: str) -> Iterator[str]:
+    found = []
+    for method in methods:
+        reliability, generality = (scores.get(method, protocol, "updated", metric) for metric in ("reliability", "generality"))
+        if reliability and generality is not None and generality < LEAST_GENERALITY * reliability:
+            found.append(f"{look(method).label} {percent(generality)}% against {percent(reliability)}%")
+    if found:
+        yield (
+            f"The new answers are recited rather than known: rephrased, the questions rarely get them ({_short(protocol)}, generality "
+            f"against reliability: {', '.join(found)})."
+        )
 
 
 def _few_records(rows: list[Json]) -> Iterator[str]:

@@ -68,7 +68,7 @@ def _protocol(results: Json, protocol: str) -> Json:
         "original": [_cell(original, metric) for metric in metrics],
         "rows": [(row, [_cell(row, metric, best) | _change(scores, row, metric) for metric in metrics]) for row in updated],
         "figure": figures.bars(results["rows"], protocol, metrics),
-        "split": _split(results["known"]["rows"], protocol, metrics),
+        "split": _split(results["known"]["rows"], protocol),
     }
 
 
@@ -91,11 +91,12 @@ def _change(scores: Scores, row: Json, metric: str) -> Json:
     return {"change": {"points": change.points, "kind": kind, "baseline": look(baseline).label, "noise": change.noise_points}}
 
 
-def _split(rows: list[Json], protocol: str, metrics: list[str]) -> list[tuple[str, Json, Json]]:
-    """For each method, the updated model's scores over the known and over the unknown facts."""
+def _split(rows: list[Json], protocol: str) -> list[tuple[str, Json, Json]]:
+    """For each method, the updated model's scores over the known and over the unknown facts; none where one of the two is empty."""
     mine = [row for row in rows if row["protocol"] == protocol and row["state"] == "updated"]
     subsets = {subset: {row["method"]: row for row in mine if row["subset"] == subset} for subset in ("known", "unknown")}
-    return [(method, row, subsets["unknown"][method]) for method, row in subsets["known"].items()]
+    pairs = [(method, row, subsets["unknown"][method]) for method, row in subsets["known"].items()]
+    return [pair for pair in pairs if pair[1]["num_records"] and pair[2]["num_records"]]
 
 
 def _sample_rows(sample: Json, methods: list[str]) -> list[tuple[str, list[Json | None]]]:

@@ -70,6 +70,8 @@ def _gain(scores: Scores, method: str, baseline: str, protocol: str) -> str | No
     change = scores.to_baseline(method, protocol, "reliability")
     if change is None:
         return None
+    if change.value == 0:
+        return f"in the end it gives as many new answers as {look(baseline).label}"
     amount = f"{100 * abs(change.value):.1f} points {'fewer' if change.value < 0 else 'more'}"
     judgement = ", which is within the noise" if change.is_noise else ""
     return f"in the end it gives {amount} new answers than {look(baseline).label} (noise: {change.noise_points}){judgement}"

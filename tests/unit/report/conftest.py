@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import Artifact
+from pipeline.artifact import MANIFEST, Artifact
 from pipeline.config import Experiment
 from pipeline.evaluate.scores import METRICS, aggregate
 from pipeline.facts.fact import Fact, Probe, write_facts
@@ -58,6 +58,8 @@ class FakeRun:
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     protocols: list[str] = field(default_factory=lambda: ["token", "probability", "generation"])
     survival: Json = field(default_factory=lambda: {"share_changed": 0.93, "projection": 1.0, "cosine": 1.0, "norm_ratio": 1.0})
+    generality: float = 0.9
+    """Share of the new answers that are given to rephrased questions too."""
     token_bonus: float = 0.0
     """Added to the new answer's token accuracy alone."""
     warnings: dict[str, list[str]] = field(default_factory=dict)
@@ -77,7 +79,8 @@ class FakeRun:
                 return step.section, inputs
             artifact = steps.artifact(step)
             artifact.folder.mkdir(parents=True)
-            artifact.commit(self._manifest(step, self._facts_of(step, artifact.folder)))
+            manifest = self._manifest(step, self._facts_of(step, artifact.folder))
+            (artifact.folder / MANIFEST).write_text(json.dumps(manifest))  # not `commit`, which waits for the disk each time
             inputs[step.id] = artifact
         raise AssertionError("a plan ends with its report")
 
@@ -174,7 +177,7 @@ class FakeRun:
         same = float(random.Random(f"{i} same").random() < mind.same)
         common: dict[str, Any] = {
             "reliability": float(gives == "new"),
-            "generality": float(gives == "new" and i % 10 != 0),
+            "generality": float(gives == "new" and i % 10 < 10 * self.generality),
             "locality": same,
             "portability": None,
             "leakage": float(gives == "old"),

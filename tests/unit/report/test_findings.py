@@ -12,6 +12,7 @@ MakeResults = Callable[..., dict[str, Any]]
 SOUND: dict[str, Any] = {
     "num_records": 120,
     "methods": ["full_ft", "flearn_ft"],
+    "protocols": ["token", "generation"],
     "minds": {("updated", "full_ft"): (0.7, 0.2), ("updated", "flearn_ft"): (0.97, 0.0), ("forgotten", "flearn_ft"): (0.0, 0.3, 0.9)},
 }
 """A run that nothing is wrong with."""
@@ -43,6 +44,11 @@ def warning(stage: str, text: str) -> dict[str, Any]:
         (changed(original=(0.0, 0.3)), "The original model knew only "),
         (changed(forgotten=(0.0, 0.97, 0.9)), "F-Learning_FT: subtracting with lambda 0.3 did not lower the old answers' score"),
         (changed(forgotten=(0.0, 0.1, 0.2)), "most unrelated answers have changed (free generation, unchanged: F-Learning_FT"),
+        (
+            changed(updated=(0.97, 0.0, 0.2)),
+            "After the update, most unrelated answers have changed (token accuracy, unchanged: F-Learning_FT",
+        ),
+        (SOUND | {"generality": 0.3}, "The new answers are recited rather than known"),
         (changed(updated=(0.72, 0.0)), "F-Learning_FT is not measurably better than Full-FT in free generation: reliability"),
         (changed(updated=(0.2, 0.0)), "F-Learning_FT is worse than Full-FT in free generation: reliability"),
         (changed(updated=(0.5, 0.0)) | {"token_bonus": 0.5}, "Token accuracy flatters: far fewer of the free answers are the new"),
@@ -67,6 +73,8 @@ def test_finding_is_raised(make_results: MakeResults, run: dict[str, Any], expec
         (changed(original=(0.0, 0.7)), "knew only"),
         (changed(forgotten=(0.0, 0.7, 0.9)), "did not lower"),
         (changed(forgotten=(0.0, 0.1, 0.7)), "most unrelated"),
+        (changed(updated=(0.97, 0.0, 0.7)), "most unrelated"),
+        (SOUND | {"generality": 0.7}, "recited"),
         (SOUND | {"num_records": 100}, "Few records"),
         # The forget stage warns of this itself.
         (survival(0.1, 0.1), "rounding to the stored"),

@@ -119,6 +119,21 @@ def test_main_tables_hold_the_numbers_of_results_json(results: Json, html: str) 
                     assert words[1] == f"±{percent(row['stderr'][metric])}"
 
 
+def test_scores_are_split_by_what_the_original_knew(results: Json, html: str) -> None:
+    table = next(table for table in Reader(html).tables if table[0][1].startswith("Old fact known"))
+    rows = [row for row in results["known"]["rows"] if (row["protocol"], row["state"]) == ("generation", "updated")]
+    for line, method in zip(table[2:], results["methods"], strict=True):
+        known, unknown = (next(r for r in rows if r["method"] == method["method"] and r["subset"] == s) for s in ("known", "unknown"))
+        metrics = ("reliability", "generality", "locality", "leakage")
+        assert line[1:] == [percent(known[m]) for m in metrics] + [percent(unknown[m]) for m in metrics]
+
+
+def test_no_split_where_the_original_knew_everything(make_results: MakeResults) -> None:
+    html = page.render(make_results(num_records=3, **SMALL, minds={("original", None): (0.0, 1.0)}))
+    assert "The original model knew all of the 3 old facts" in html
+    assert "Old fact not known" not in html
+
+
 def test_all_numbers_are_there(results: Json, html: str) -> None:
     table = next(table for table in Reader(html).tables if table[0][-1] == "n")
     assert len(table) == 1 + len(results["rows"])
