@@ -34,11 +34,22 @@ class ZeroSource(StoredSource):
         self.world_size = files.world_size
         self.global_steps: int | None = files.models[0].get("global_steps")
         self._files = files.files
+        try:
+            self._enter(files)
+        except InputError:
+            raise
+        except (TypeError, AttributeError, ValueError) as error:  # tables that hold what DeepSpeed never writes
+            raise InputError(f"{self.path}: damaged ({error})".splitlines()[0]) from error
+
+    def _enter(self, files: ZeroFiles) -> None:
         layout = _stage_3 if files.stage == 3 else _stage_1_2
         for name, shape, stored in [*_buffers(files), *_frozen(files), *layout(files)]:
             self.add(name, shape, stored)
         shared = table(files.models[0].get("shared_params"))  # rank 0's file alone has them
-        self.aliases = {alias: owner for alias, owner in shared.items() if str(owner) in self.tensors and alias not in self.tensors}
+        for name, tensor in _unnamed_frozen(files):
+            if name not in self.tensors and name not in shared:
+                self.add(name, tensor.shape, tensor.stored)
+        self.aliases = {alias: owner for alias, owner in shared.items() if owner in self.tensors and alias not in self.tensors}
 
 
 def _shapes(files: ZeroFiles, name: str) -> list[dict[str, Shape]]:
@@ -46,7 +57,7 @@ def _shapes(files: ZeroFiles, name: str) -> list[dict[str, Shape]]:
     groups = files.models[0].get(name)
     groups = groups if isinstance(groups, list) else [groups or {}]
     for group in groups:
-        if not isinstance(group, dict) or not all(map(_is_shape, group.values())):
+        if not isinstance(group, dict) or not all(isinstance(key, str) and _is_shape(shape) for key, shape in group.items()):
             raise InputError(f"{files.folder}: the {name} in its model states are damaged")
     return groups
 
@@ -123,6 +134,14 @@ def _frozen(files: ZeroFiles) -> Iterator[tuple[str, Shape, StoredTensor]]:
         if padded.num_elements < prod(shape):
             raise InputError(f"{files.folder}: frozen {name!r} has {padded.num_elements} of {prod(shape)} elements; files are mixed")
         yield name, shape, padded.slice(0, prod(shape))
+
+
+def _unnamed_frozen(files: ZeroFiles) -> Iterator[tuple[str, ShapedTensor]]:
+    """The 16-bit module of stages 1 and 2: at stage 1 frozen parameters are there alone. (At stage 3 it has placeholders.)"""
+    if files.stage < 3:
+        for name, tensor in table(files.models[0].get("module")).items():
+            if isinstance(name, str) and isinstance(tensor, ShapedTensor):
+                yield name, tensor
 
 
 def _fragment(files: ZeroFiles, model: dict[str, Any], name: str) -> StoredTensor:

@@ -49,6 +49,8 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": case["stage"], "stage3_param_persistence_threshold": case.get("persistence", 0)}
     if case.get("round_robin"):
         zero["round_robin_gradients"] = True
+    if case.get("parameter_alignment"):
+        zero["parameter_alignment"] = True
     if case.get("sub_group_size"):
         zero["sub_group_size"] = case["sub_group_size"]
     config: dict[str, Any] = {

@@ -1,0 +1,209 @@
+"""Checkpoints that real DeepSpeed runs of 1, 2 and 3 ranks saved, read in place: bit for bit what the engine held.
+
+Two oracles: DeepSpeed's own zero_to_fp32, and the values that the engine reported before it saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import InputError
+from pipeline.weights.open import open_source
+from pipeline.weights.zero import ZeroSource
+
+pytestmark = pytest.mark.slow
+
+FROZEN = {"frozen": ["embed.weight", "up.bias"]}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tied": True},
+    "frozen": FROZEN,
+    "two groups": {"groups": "two", "tied": True},
+    "a group of one element": {"groups": "tiny"},
+}
+CASES: dict[str, dict[str, Any]] = {
+    f"stage {stage}, {dtype}, {name}": {"stage": stage, "dtype": dtype, **settings}
+    for stage in (1, 2, 3)
+    for dtype in ("bf16", "fp32")
+    for name, settings in VARIANTS.items()
+} | {
+    "stage 1, BF16_Optimizer": {"stage": 1, "fp32_gradients": True},
+    "stage 1, tied and frozen": {"stage": 1, "tied": True, **FROZEN},
+    "stage 2, parameters aligned": {"stage": 2, "parameter_alignment": True, "groups": "two"},
+    "stage 3, sub-groups": {"stage": 3, "sub_group_size": 40, "groups": "two", "tied": True, **FROZEN},
+    "stage 3, kept whole": {"stage": 3, "persistence": 100_000},
+    "stage 2, without frozen": {"stage": 2, "exclude_frozen": True, **FROZEN},
+    "stage 3, without frozen": {"stage": 3, "exclude_frozen": True, **FROZEN},
+}
+MIXED = {
+    "stage 2, later": {"stage": 2, "steps": 3},
+    "stage 3, later": {"stage": 3, "steps": 3},
+    "round robin": {"stage": 2, "round_robin": True},
+}
+
+
+@pytest.fixture(scope="session", params=[1, 2, 3])
+def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of save folders, one per case."""
+    out = tmp_path_factory.mktemp(f"zero-{request.param}")
+    run_ranks(request.param, out, CASES | (MIXED if request.param == 2 else {}))
+    return out
+
+
+def run_ranks(world_size: int, out: Path, cases: dict[str, Any]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = [sys.executable, str(Path(__file__).with_name("make_zero_checkpoints.py")), str(out), json.dumps(cases)]
+    shared = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(world_size):
+        with (out / f"rank-{rank}.log").open("w") as log:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(program, env=shared | own, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [rank.wait(timeout=600) for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert not any(codes), "\n".join((out / f"rank-{rank}.log").read_text()[-2000:] for rank in range(world_size))
+
+
+def oracle(folder: Path, exclude_frozen: bool) -> dict[str, torch.Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=exclude_frozen)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reads_what_the_engine_held(checkpoints: Path, name: str) -> None:
+    case, folder = CASES[name], checkpoints / name
+    source = open_source(folder)
+    assert isinstance(source, ZeroSource) and source.kind == f"zero-{case['stage']}" and source.global_steps == 2
+    assert f"zero-{source.world_size}" in folder.parent.name
+    assert source.aliases == ({"head.weight": "embed.weight"} if case.get("tied") else {})
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    if case.get("exclude_frozen"):
+        expected = {tensor_name: tensor for tensor_name, tensor in expected.items() if tensor_name not in case["frozen"]}
+    assert source.tensors.keys() | source.aliases.keys() == expected.keys()
+    for tensor_name, tensor in expected.items():
+        values = source.read(tensor_name, 0, tensor.numel())
+        assert values.dtype == tensor.dtype and torch.equal(values, tensor.flatten()), tensor_name
+        parts = [source.read(tensor_name, start, min(start + 3, tensor.numel())) for start in range(0, tensor.numel(), 3)]
+        assert torch.equal(torch.cat(parts), values), tensor_name
+    frozen = {"scale", "count", "mask", *case.get("frozen", [])}
+    trained = [tensor_name for tensor_name in expected if source.aliases.get(tensor_name, tensor_name) not in frozen]
+    assert all(expected[tensor_name].dtype == torch.float32 for tensor_name in trained)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "BF16_Optimizer" not in name])
+def test_reads_what_zero_to_fp32_reads(checkpoints: Path, name: str) -> None:
+    source = open_source(checkpoints / name)
+    expected = oracle(checkpoints / name, CASES[name].get("exclude_frozen", False))
+    if CASES[name]["stage"] == 1 and "frozen" in CASES[name]:  # zero_to_fp32 does not find those
+        assert expected.keys() < source.tensors.keys() | source.aliases.keys()
+    else:
+        assert expected.keys() == source.tensors.keys() | source.aliases.keys()
+    for tensor_name, tensor in expected.items():
+        values = source.read(tensor_name, 0, tensor.numel())
+        assert torch.equal(values.to(tensor.dtype), tensor.flatten()), tensor_name
+
+
+def damaged(checkpoints: Path, name: str, tmp_path: Path) -> Path:
+    """A copy of a checkpoint's tag folder, to be damaged."""
+    return Path(shutil.copytree(checkpoints / name / "step-2", tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("zero-damaged")
+    run_ranks(2, out, MIXED | {name: CASES[name] for name in ("stage 2, bf16, plain", "stage 3, bf16, plain", "stage 3, bf16, frozen")})
+    return out
+
+
+def remove(*names: str) -> Callable[[Path, Path], None]:
+    def do(folder: Path, others: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return do
+
+
+def take(name: str, case: str) -> Callable[[Path, Path], None]:
+    def do(folder: Path, others: Path) -> None:
+        shutil.copy(others / case / "step-2" / name, folder / name)
+
+    return do
+
+
+def truncate(name: str) -> Callable[[Path, Path], None]:
+    def do(folder: Path, others: Path) -> None:
+        os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+    return do
+
+
+def rename(old: str, new: str) -> Callable[[Path, Path], None]:
+    def do(folder: Path, others: Path) -> None:
+        (folder / old).rename(folder / new)
+
+    return do
+
+
+def double(old: str, new: str) -> Callable[[Path, Path], None]:
+    def do(folder: Path, others: Path) -> None:
+        shutil.copy(folder / old, folder / new)
+
+    return do
+
+
+OPTIM = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+MODEL_3 = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+DAMAGES: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
+    "last rank gone": ("stage 2, bf16, plain", remove(OPTIM.format(1)), "saved by 2 ranks"),
+    "first rank gone": ("stage 2, bf16, plain", remove(OPTIM.format(0)), "ranks 0 are missing"),
+    "all ranks gone": ("stage 2, bf16, plain", remove(OPTIM.format(0), OPTIM.format(1)), "stage 0"),
+    "a rank too many": ("stage 2, bf16, plain", double(OPTIM.format(1), OPTIM.format(2)), "files of 3"),
+    "a rank twice": ("stage 2, bf16, plain", double(OPTIM.format(1), OPTIM.format(1)[5:]), "same rank"),
+    "model states gone": ("stage 2, bf16, plain", remove("mp_rank_00_model_states.pt"), "model_states"),
+    "a rank's model states gone": ("stage 3, bf16, plain", remove(MODEL_3.format(1)), "rank_1.*model_states"),
+    "cut": ("stage 3, bf16, plain", truncate(OPTIM.format(1)), "truncated"),
+    "a later rank": ("stage 2, bf16, plain", take(OPTIM.format(1), "stage 2, later"), "optimizer step 3"),
+    "a later rank's weights": ("stage 3, bf16, plain", take(OPTIM.format(1), "stage 3, later"), "optimizer step 3"),
+    "a later rank's model": ("stage 3, bf16, plain", take(MODEL_3.format(1), "stage 3, later"), "step 3"),
+    "another stage's rank": ("stage 2, bf16, plain", take(OPTIM.format(1), "stage 3, bf16, plain"), "stage"),
+    "another model's rank": ("stage 3, bf16, plain", take(OPTIM.format(1), "stage 3, bf16, frozen"), "elements instead of"),
+    "another model's names": ("stage 3, bf16, frozen", take(MODEL_3.format(0), "stage 3, bf16, plain"), "elements instead of"),
+    "frozen parts of another": ("stage 3, bf16, frozen", take(MODEL_3.format(1), "stage 3, bf16, plain"), "frozen"),
+    "tensor parallel": ("stage 2, bf16, plain", rename(OPTIM.format(1), OPTIM.format(1).replace("mp_rank_00", "mp_rank_01")), "parallel"),
+    "experts": ("stage 2, bf16, plain", rename(OPTIM.format(1), "expp_rank_0_mp_rank_00_optim_states.pt"), "parallel"),
+    "round robin": ("round robin", lambda folder, others: None, "round_robin_gradients"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_or_mixed_checkpoint_is_one_line(two_ranks: Path, tmp_path: Path, name: str) -> None:
+    case, damage, message = DAMAGES[name]
+    folder = damaged(two_ranks, case, tmp_path)
+    damage(folder, two_ranks)
+    with pytest.raises(InputError, match=message) as caught:
+        open_source(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", ["", "step-9", "../elsewhere"])
+def test_latest_that_names_no_folder(two_ranks: Path, tmp_path: Path, tag: str) -> None:
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(InputError, match="latest"):
+        open_source(tmp_path)
