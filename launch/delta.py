@@ -118,7 +118,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(problem)
     for note in verdict.notes:
         print(f"note: {note}")
-    print(f"{arguments.out}: " + (f"{len(verdict.problems)} problems" if verdict.problems else "as it should be"))
+    print(f"{arguments.out}: " + (f"{len(verdict.problems)} differ" if verdict.problems else "as it should be"))
     return 1 if verdict.problems else 0
 
 

@@ -54,7 +54,7 @@ class SliceReader:
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, stop: int, area: memoryview) -> torch.Tensor:
-        """Elements [start, stop) of a tensor, 1-D, in its stored dtype, somewhere in `area` (of `room_for` their bytes).
+        """Elements [start, stop) of a tensor, at least one, 1-D, in its stored dtype, somewhere in `area` (of `room_for` their bytes).
 
         A source that is more than bytes in files (an adapter on its base) brings memory of its own.
         """

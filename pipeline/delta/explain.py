@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import sqrt
+from math import isclose, sqrt
 
 import torch
 
@@ -36,7 +36,8 @@ def explain(item: Item, stored: TensorSource, base: TensorSource, tuned: TensorS
         return "holds the right values; its digest in the manifest is wrong"
     if equals_base:
         return "holds the base's values: nothing was subtracted"
-    if abs(product) >= _SAME_DIRECTION * sqrt(delta_square * change_square):
+    is_along = delta_square > 0 and abs(product) >= _SAME_DIRECTION * sqrt(delta_square * change_square)
+    if is_along and not isclose(-product / delta_square, formula.scale, rel_tol=1e-3):
         return f"was made with scale {-product / delta_square:.4g} instead of {formula.scale:.4g}"
     return f"{num_wrong} of {item.info.num_elements} elements differ; {first}"
 

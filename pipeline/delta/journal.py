@@ -4,8 +4,8 @@
     OUT/.incomplete/<shard>.json      receipt: written after the shard was synced and renamed into place
     OUT/manifest.json                 written last: OUT is complete. Then `.incomplete` goes.
 
-Each of these is one file, written aside, synced and renamed, so a kill leaves it whole or absent. Workers on a shared
-folder need no lock: whatever two of them do twice ends in the same bytes.
+Each of these is one file, written aside (in `.incomplete`), synced and renamed, so a kill leaves it whole or absent, and
+no litter. Workers on a shared folder need no lock: whatever two of them do twice ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pipeline.artifact import MANIFEST, sync_folder, write_json
 from pipeline.errors import InputError
@@ -47,12 +50,11 @@ class Journal:
 
         Raises InputError if the folder holds anything else.
         """
-        manifest = self.manifest
+        begun, manifest = self.recipe, self.manifest  # in this order: a worker that completes it now writes one, then removes the other
         if manifest is not None:
             self._require_same(manifest.get("recipe", {}), recipe, "holds a finished result")
             shutil.rmtree(self._folder, ignore_errors=True)
             return manifest
-        begun = self.recipe
         if begun is None:
             self._begin(recipe)
             begun = self.recipe
@@ -67,7 +69,7 @@ class Journal:
         if foreign:
             raise InputError(f"{self.out}: is not empty ({', '.join(foreign[:3])}) and was not made by this command; {_ADVICE}")
         self._folder.mkdir(parents=True, exist_ok=True)
-        aside = self._folder / f".recipe.{os.uname().nodename}.{os.getpid()}"
+        aside = self._folder / f".recipe.{uuid4().hex}"
         write_json(aside, recipe)
         try:
             os.link(aside, self._folder / "recipe.json")  # the first of several workers decides
@@ -96,14 +98,35 @@ class Journal:
 
     def record(self, shard: Shard, receipt: dict[str, Any]) -> None:
         """Note that `shard` is in place, with what is to be known of it."""
-        write_json(self._folder / f"{shard.file_name}.json", receipt)
+        with self._unless_complete():
+            write_json(self._folder / f"{shard.file_name}.json", receipt)
 
-    def commit(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest: the output is complete."""
+    def commit(self, manifest: dict[str, Any], write_files: Callable[[Path], None]) -> None:
+        """Put the files that `write_files` makes in a folder beside the shards, then the manifest: the output is complete."""
+        aside = self._folder / uuid4().hex
+        with self._unless_complete():
+            aside.mkdir()
+            write_files(aside)
+            for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+                target = self.out / path.relative_to(aside)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
+                sync_folder(target.parent)
+            write_json(aside / MANIFEST, manifest)
+            os.replace(aside / MANIFEST, self.out / MANIFEST)
+            sync_folder(self.out)
         sweep(self.out)
-        write_json(self.out / MANIFEST, manifest)
         shutil.rmtree(self._folder, ignore_errors=True)
         sync_folder(self.out)
+
+    @contextmanager
+    def _unless_complete(self) -> Iterator[None]:
+        """Where two workers did the same, one may complete the output and remove `.incomplete` under the other's hands: no harm."""
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError):  # the latter from a mkdir that lost its folder while it looked at it
+            if self.manifest is None:
+                raise
 
 
 def _identity(value: Any) -> Any:

@@ -132,14 +132,17 @@ def _finish(journal: Journal, plan: Plan, recipe: dict[str, Any], formula: Formu
     if num_waiting:
         manifest = journal.claim(recipe)  # another worker may have completed the output just now
         return Outcome("written", manifest, 0) if manifest is not None else Outcome("waiting", {}, num_waiting)
-    if len(plan.shards) > 1:
-        write_json(journal.out / INDEX, index_of(plan.shards))
-    base = Path(recipe["base"]["path"])
-    if base.is_dir():
-        copy_extras(base, journal.out, main_dtype(plan.shards))
     manifest = _manifest(plan, {name: noted for receipt in receipts if receipt for name, noted in receipt.items()}, recipe, formula)
-    journal.commit(manifest)
+    journal.commit(manifest, lambda folder: _write_files(folder, plan, Path(recipe["base"]["path"])))
     return Outcome("written", manifest, 0)
+
+
+def _write_files(folder: Path, plan: Plan, base: Path) -> None:
+    """What makes shards a model folder: the index, and the base's config and tokenizer where it has them."""
+    if len(plan.shards) > 1:
+        write_json(folder / INDEX, index_of(plan.shards))
+    if base.is_dir():
+        copy_extras(base, folder, main_dtype(plan.shards))
 
 
 def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], formula: Formula) -> dict[str, Any]:

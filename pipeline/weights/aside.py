@@ -95,7 +95,7 @@ def _lock(descriptor: int) -> bool | None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed writers left in `folder`; files that a living one still writes stay (and all, where there are no locks)."""
-    for path in folder.glob(".*.safetensors.*.tmp"):
+    for path in folder.glob(".*.safetensors.????????.tmp"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:  # renamed or swept meanwhile

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula, draws, round_stochastically
+from pipeline.delta.survival import Survival
+
+WEIGHTS = arrays(np.float32, st.integers(1, 200), elements=st.floats(-100, 100, width=32))
+SCALES = st.floats(-4, 4)
+
+
+def subtract(
+    base: torch.Tensor, tuned: torch.Tensor, formula: Formula, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, Survival]:
+    out = torch.empty(base.numel(), dtype=dtype)
+    return out, Arithmetic(formula).subtract("w", 0, base, tuned, out, False)
+
+
+def pair(seed: int, num_elements: int, delta_std: float, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    base = (torch.randn(num_elements, generator=generator) * 0.02).to(dtype)
+    return base, base.float() + torch.randn(num_elements, generator=generator) * delta_std
+
+
+@given(WEIGHTS, SCALES, st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=50)
+def test_the_order_of_operations_is_the_documented_one(values: np.ndarray, scale: float, seed: int) -> None:
+    tuned = values + np.random.default_rng(seed).standard_normal(values.shape).astype(np.float32)
+    out, _ = subtract(torch.from_numpy(values), torch.from_numpy(tuned), Formula(scale))
+    assert np.array_equal(out.numpy(), values - np.float32(scale) * (tuned - values))
+
+
+@given(WEIGHTS)
+@settings(deadline=None, max_examples=50)
+def test_scale_0_gives_the_base(values: np.ndarray) -> None:
+    base = torch.from_numpy(values)
+    out, survival = subtract(base, base * 3 + 1, Formula(0.0))
+    assert torch.equal(out, base)
+    assert survival.num_changed == 0
+
+
+@given(WEIGHTS, st.floats(-2, 2), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=50)
+def test_adding_a_delta_back_gives_the_base_within_rounding(values: np.ndarray, scale: float, seed: int) -> None:
+    base = torch.from_numpy(values)
+    delta = torch.from_numpy(np.random.default_rng(seed).standard_normal(values.shape).astype(np.float32))
+    there, back = torch.empty_like(base), torch.empty_like(base)
+    Arithmetic(Formula(scale)).subtract("w", 0, base, delta, there, True)
+    Arithmetic(Formula(-scale)).subtract("w", 0, there, delta, back, True)
+    largest = base.abs() + abs(scale) * delta.abs()
+    assert ((back - base).abs() <= 2 * largest * 2.0**-24 + 1e-38).all()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(cuts=st.lists(st.integers(1, 2 * BLOCK_ELEMENTS + 998), max_size=5))
+@settings(deadline=None, max_examples=5)
+def test_any_slicing_gives_the_same_bytes(dtype: torch.dtype, rounding: str, cuts: list[int]) -> None:
+    base, tuned = pair(0, 2 * BLOCK_ELEMENTS + 999, 1e-4)
+    formula = Formula(0.7, rounding, seed=3)  # type: ignore[arg-type]
+    whole, _ = subtract(base, tuned, formula, dtype)
+    edges = sorted({0, *cuts, base.numel()})
+    pieces = torch.empty_like(whole)
+    arithmetic = Arithmetic(formula)
+    for start, stop in pairwise(edges):
+        arithmetic.subtract("w", start, base[start:stop], tuned[start:stop], pieces[start:stop], False)
+    assert torch.equal(pieces, whole)
+
+
+def test_survival_in_bfloat16_is_as_measured_in_the_design() -> None:
+    base, tuned = pair(1, 1_000_000, 1e-5)
+    _, nearest = subtract(base, tuned, Formula(0.1), torch.bfloat16)
+    _, stochastic = subtract(base, tuned, Formula(0.1, "stochastic"), torch.bfloat16)
+    figures = nearest.figures(0.1)
+    assert figures["share_changed"] == pytest.approx(0.012, abs=0.001)
+    assert figures["cosine"] == pytest.approx(0.15, abs=0.01)
+    assert figures["projection"] == pytest.approx(0.03, abs=0.005)
+    assert stochastic.figures(0.1)["projection"] == pytest.approx(0.99, abs=0.03)
+    assert stochastic.figures(0.1)["norm_ratio"] == pytest.approx(8, abs=1)
+
+
+def test_a_larger_change_survives_better() -> None:
+    base, tuned = pair(2, 1_000_000, 1e-4)
+    _, nearest = subtract(base, tuned, Formula(0.7), torch.bfloat16)
+    _, stochastic = subtract(base, tuned, Formula(0.7, "stochastic"), torch.bfloat16)
+    assert nearest.figures(0.7)["projection"] == pytest.approx(0.95, abs=0.01)
+    assert nearest.figures(0.7)["norm_ratio"] == pytest.approx(1.05, abs=0.01)
+    assert stochastic.figures(0.7)["projection"] == pytest.approx(1.00, abs=0.01)
+    assert stochastic.figures(0.7)["norm_ratio"] == pytest.approx(1.19, abs=0.01)
+
+
+def test_survival_sums_are_the_float64_ones() -> None:
+    base, tuned = pair(3, 5000, 1e-3)
+    out, survival = subtract(base, tuned, Formula(0.3), torch.bfloat16)
+    delta = (tuned - base.float()).double()
+    change = out.double() - base.double()
+    assert survival.num_elements == 5000
+    assert survival.num_changed == int((out != base).sum())
+    assert survival.base_square == pytest.approx(float(base.double().square().sum()), rel=1e-12)
+    assert survival.delta_square == pytest.approx(float(delta.square().sum()), rel=1e-12)
+    assert survival.change_square == pytest.approx(float(change.square().sum()), rel=1e-12)
+    assert survival.delta_change == pytest.approx(float((delta * change).sum()), rel=1e-12)
+
+
+def test_a_float32_base_stored_in_16_bits_is_compared_with_itself_rounded() -> None:
+    base, _ = pair(4, 10_000, 0, torch.float32)
+    out, survival = subtract(base, base, Formula(0.5), torch.bfloat16)
+    assert torch.equal(out, base.bfloat16())
+    assert survival.num_changed == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_takes_one_of_the_two_neighbours(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(100_000, generator=generator) * torch.logspace(-9, 3, 100_000)
+    rounded = round_stochastically(values, dtype, draws(0, "w", 0, values.numel()))
+    exponent = torch.log2(values.abs().double()).floor()
+    step = 2.0 ** (exponent - 7 if dtype == torch.bfloat16 else (exponent - 10).clamp(min=-24))
+    error = (rounded.double() - values.double()).abs()
+    assert (error < step).all()
+    assert (error > step / 2).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [1.0001, -0.02013, 3.1e-5, -7e-8, 6.1e-5])
+def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, value: float) -> None:
+    num_draws = 400_000
+    values = torch.full((num_draws,), value)
+    rounded = round_stochastically(values, dtype, draws(7, "w", 0, num_draws)).double()
+    low, high = rounded.min().item(), rounded.max().item()
+    assert low <= values[0].item() <= high
+    error = abs(rounded.mean().item() - values[0].double().item())
+    assert error <= 4 * (high - low) / num_draws**0.5 / 2 + 2.0**-16 * (high - low)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_leaves_exact_values_alone(dtype: torch.dtype) -> None:
+    values = torch.tensor([0.0, 1.0, -2.5, 2.0**-24, 0.0625, -6.1035e-5]).to(dtype).float()
+    for number in (0, 1, 65535):
+        numbers = torch.full((len(values),), number, dtype=torch.int32)
+        assert torch.equal(round_stochastically(values, dtype, numbers).float(), values)
+
+
+def test_draws_depend_on_seed_name_and_place_alone() -> None:
+    whole = draws(1, "w", 0, 1000)
+    assert torch.equal(torch.cat([draws(1, "w", 0, 7), draws(1, "w", 7, 500), draws(1, "w", 507, 493)]), whole)
+    assert not torch.equal(draws(2, "w", 0, 1000), whole)
+    assert not torch.equal(draws(1, "v", 0, 1000), whole)
+    assert int(whole.min()) >= 0 and int(whole.max()) < 65536
+    assert torch.equal(draws(1, "w", (1 << 40) + 5, 3), draws(1, "w", 1 << 40, 8)[5:])
+
+
+def test_draws_are_even() -> None:
+    counts = torch.bincount(draws(0, "w", 0, 1 << 18) >> 8, minlength=256).double()
+    chi_square = float(((counts - 1024).square() / 1024).sum())
+    assert 170 < chi_square < 350  # 255 degrees of freedom
+
+
+def test_the_bytes_of_stochastic_rounding_never_change() -> None:
+    """A part written by another version of numpy must fit: these are what the first version drew."""
+    assert draws(0, "w", 0, 4).tolist() == [59750, 62196, 63077, 14721]
