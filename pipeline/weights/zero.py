@@ -38,7 +38,7 @@ class ZeroSource(StoredSource):
             self._enter(files)
         except InputError:
             raise
-        except (TypeError, AttributeError, ValueError) as error:  # tables that hold what DeepSpeed never writes
+        except (TypeError, AttributeError, ValueError, LookupError) as error:  # tables that hold what DeepSpeed never writes
             raise InputError(f"{self.path}: damaged ({error})".splitlines()[0]) from error
 
     def _enter(self, files: ZeroFiles) -> None:

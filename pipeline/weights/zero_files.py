@@ -107,15 +107,11 @@ def _stage(file: TorchFile, optim: dict[str, Any]) -> int:
 
 def _require_all_ranks(folder: Path, optim: dict[str, Any], num_files: int) -> None:
     counts = optim.get("partition_count")
-    counts = set(counts) if isinstance(counts, list) else {counts}
-    if len(counts) != 1:
-        raise InputError(
-            f"{folder}: its parameter groups are split over {sorted(map(str, counts))} ranks; expert parallelism is not supported"
-        )
-    if counts != {num_files}:
-        raise InputError(
-            f"{folder}: was saved by {counts.pop()} ranks, but has the files of {num_files}; ranks are missing or of another save"
-        )
+    counts = counts if isinstance(counts, list) else [counts]
+    if any(count != counts[0] for count in counts):
+        raise InputError(f"{folder}: its parameter groups are split over {_text(counts)} ranks; expert parallelism is not supported")
+    if counts[:1] != [num_files]:
+        raise InputError(f"{folder}: was saved by {_text(counts[:1])} ranks, but has the files of {num_files}; some are missing or stale")
 
 
 def _require_one_save(optim_files: list[TorchFile], optims: list[dict[str, Any]], model_files: list[TorchFile]) -> None:

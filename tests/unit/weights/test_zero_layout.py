@@ -1,0 +1,133 @@
+"""ZeRO partitions of any shapes and world size, read in any slices; and checkpoints that hold what DeepSpeed never writes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zero_checkpoint import Checkpoint
+
+from pipeline.errors import InputError
+from pipeline.weights.open import open_source
+
+shapes = st.lists(st.lists(st.integers(1, 7), max_size=3), min_size=1, max_size=4)
+
+
+def tensors(prefix: str, sizes: list[list[int]]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{i}": torch.randn(size) for i, size in enumerate(sizes)}
+
+
+@given(st.sampled_from([1, 2, 3]), st.integers(1, 6), st.lists(shapes, min_size=1, max_size=3), shapes, st.data())
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_layout_reads_back(
+    tmp_path_factory: pytest.TempPathFactory,
+    stage: int,
+    world_size: int,
+    groups: list[list[list[int]]],
+    frozen: list[list[int]],
+    data: st.DataObject,
+) -> None:
+    trained = [tensors(f"g{i}.", group) for i, group in enumerate(groups)]
+    kept = {name: tensor.bfloat16() for name, tensor in tensors("frozen.", frozen).items()}
+    buffers = {"steps": torch.arange(3)}
+    folder = tmp_path_factory.mktemp("zero")
+    Checkpoint(stage, world_size, trained, kept, buffers, {"head": "g0.0"}).write(folder)
+    source = open_source(folder)
+    expected = {name: tensor for group in trained for name, tensor in group.items()} | kept | buffers
+    assert source.kind == f"zero-{stage}" and source.tensors.keys() == expected.keys() and source.aliases == {"head": "g0.0"}
+    for name, tensor in expected.items():
+        start = data.draw(st.integers(0, tensor.numel()))
+        stop = data.draw(st.integers(start, tensor.numel()))
+        values = source.read(name, start, stop)
+        assert source.tensors[name].shape == tuple(tensor.shape) and values.dtype == tensor.dtype
+        assert torch.equal(values, tensor.flatten()[start:stop])
+    source.close()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_location_is_where_the_bytes_lie(tmp_path: Path, stage: int) -> None:
+    weight = torch.randn(9, 5)
+    source = open_source(Checkpoint(stage, 3, [{"a": torch.randn(4), "weight": weight}]).write(tmp_path))
+    extents = source.locate("weight", 1, 44)  # type: ignore[attr-defined]
+    read = b"".join(path.read_bytes()[offset : offset + num_bytes] for path, offset, num_bytes in extents)
+    assert len({path for path, _, _ in extents}) > 1 and read == weight.flatten()[1:44].numpy().tobytes()
+
+
+def test_the_names_of_the_base_are_taken(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"wte.weight": torch.zeros(3, 2), "ln_f.bias": torch.zeros(2)}, tmp_path / "base.safetensors")
+    masters = {"transformer.wte.weight": torch.randn(3, 2), "transformer.ln_f.bias": torch.randn(2)}
+    folder = Checkpoint(2, 2, [masters], aliases={"lm_head.weight": "transformer.wte.weight"}).write(tmp_path / "zero")
+    source = open_source(folder, open_source(tmp_path / "base.safetensors"))
+    assert source.tensors.keys() == {"wte.weight", "ln_f.bias"} and source.aliases == {"lm_head.weight": "wte.weight"}
+    assert torch.equal(source.read("lm_head.weight", 0, 6), masters["transformer.wte.weight"].flatten())
+
+
+def test_deepspeeds_own_classes_are_read_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 runs keep a DynamicLossScaler in the file."""
+    name = "deepspeed.runtime.fp16.loss_scaler"
+    scaler = type("DynamicLossScaler", (), {"__module__": name})
+    module = ModuleType(name)
+    module.DynamicLossScaler = scaler  # type: ignore[attr-defined]
+    folder = Checkpoint(2, 1, [{"a": torch.ones(3)}]).write(tmp_path)
+    path = folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    with monkeypatch.context() as patch:
+        for package in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.fp16"):
+            patch.setitem(sys.modules, package, ModuleType(package))
+        patch.setitem(sys.modules, name, module)
+        content = torch.load(path, weights_only=False)
+        instance = scaler()
+        instance.cur_scale = 65536.0
+        content["optimizer_state_dict"]["loss_scaler"] = instance
+        torch.save(content, path)
+    assert torch.equal(open_source(folder).read("a", 0, 3), torch.ones(3))
+
+
+JUNK: list[Any] = [None, 3, -1, "text", [], {}, [3], {"a": 3}, {3: "a"}, (1, "x"), [[None]], torch.ones(2), [torch.ones(2)], float("nan")]
+KEYS = [
+    ("optim", ("optimizer_state_dict",)),
+    ("optim", ("ds_config",)),
+    ("optim", ("optimizer_state_dict", "zero_stage")),
+    ("optim", ("optimizer_state_dict", "partition_count")),
+    ("optim", ("optimizer_state_dict", "single_partition_of_fp32_groups")),
+    ("optim", ("optimizer_state_dict", "fp32_flat_groups")),
+    ("optim", ("optimizer_state_dict", "base_optimizer_state")),
+    ("optim", ("optimizer_state_dict", "param_alignment_paddings")),
+    ("model", ("module",)),
+    ("model", ("buffer_names",)),
+    ("model", ("param_shapes",)),
+    ("model", ("frozen_param_shapes",)),
+    ("model", ("frozen_param_fragments",)),
+    ("model", ("shared_params",)),
+    ("model", ("global_steps",)),
+    ("model", ("mp_world_size",)),
+]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("kind", "keys"), KEYS)
+def test_junk_in_a_file_is_one_line_or_harmless(tmp_path: Path, stage: int, kind: str, keys: tuple[str, ...]) -> None:
+    weight = torch.randn(5)
+    for i, junk in enumerate(JUNK):
+        folder = Checkpoint(stage, 1, [{"weight": weight}], {"kept": torch.ones(2)}).write(tmp_path / str(i))
+        [path] = folder.glob(f"*_{kind}_states.pt")
+        content = torch.load(path, weights_only=True)
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = junk
+        torch.save(content, path)
+        try:
+            source = open_source(folder)
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:
+            for name, info in source.tensors.items():
+                source.read(name, 0, info.num_elements)
