@@ -71,10 +71,10 @@ class Checkpoint:
 
 
 def partition_1_2(tensors: Sequence[torch.Tensor], rank: int, world_size: int) -> torch.Tensor:
-    """One rank's slice of a group that is padded to 2 * world_size; the padding is cut off the view, but stays in the storage."""
+    """One rank's slice of a group that is padded to 2 * world_size; the padding (NaN here) is cut off the view, not the storage."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     size = ceil(flat.numel() / (2 * world_size)) * 2
-    padded = torch.cat([flat, torch.zeros(size * world_size - flat.numel())])
+    padded = torch.cat([flat, torch.full([size * world_size - flat.numel()], torch.nan)])
     own = padded[rank * size : (rank + 1) * size].clone()
     return own[: min(max(flat.numel() - rank * size, 0), size)]
 
@@ -85,7 +85,7 @@ def partition_3(tensors: Sequence[torch.Tensor], rank: int, world_size: int) -> 
 
 
 def part(tensor: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """One rank's equal part of a flattened tensor, padded with zeros at the tail."""
+    """One rank's equal part of a flattened tensor. The tail's padding is whatever was in memory with DeepSpeed; NaN here."""
     size = ceil(tensor.numel() / world_size)
-    padded = torch.cat([tensor.flatten(), torch.zeros(size * world_size - tensor.numel(), dtype=tensor.dtype)])
+    padded = torch.cat([tensor.flatten(), torch.full([size * world_size - tensor.numel()], torch.nan, dtype=tensor.dtype)])
     return padded[rank * size : (rank + 1) * size].clone()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from zero_checkpoint import Checkpoint
 
 from pipeline.errors import InputError
 from pipeline.weights.open import open_source
@@ -118,6 +119,43 @@ def test_reads_what_zero_to_fp32_reads(checkpoints: Path, name: str) -> None:
     for tensor_name, tensor in expected.items():
         values = source.read(tensor_name, 0, tensor.numel())
         assert torch.equal(values.to(tensor.dtype), tensor.flatten()), tensor_name
+
+
+@pytest.mark.parametrize(
+    "name", ["stage 2, bf16, frozen", "stage 2, fp32, a group of one element", "stage 3, bf16, two groups", "stage 3, sub-groups"]
+)
+def test_the_tests_own_checkpoints_are_laid_out_the_same(checkpoints: Path, tmp_path: Path, name: str) -> None:
+    theirs = checkpoints / name / "step-2"
+    model = load(theirs, "*mp_rank_00_model_states.pt")[0]
+    values = torch.load(checkpoints / name / "expected.pt", weights_only=True)
+    groups = [{tensor_name: values[tensor_name] for tensor_name in group} for group in model["param_shapes"]]
+    frozen = {tensor_name: values[tensor_name] for tensor_name in model["frozen_param_shapes"] or {}}
+    buffers = {tensor_name: values[tensor_name] for tensor_name in model["buffer_names"]}
+    optims = load(theirs, "*_optim_states.pt")
+    ours = Checkpoint(CASES[name]["stage"], len(optims), groups, frozen, buffers, model["shared_params"]).write(tmp_path)
+    for mine, original in zip(load(ours, "*_optim_states.pt"), optims, strict=True):
+        key = "fp32_flat_groups" if CASES[name]["stage"] == 3 else "single_partition_of_fp32_groups"
+        flats, expected = mine["optimizer_state_dict"][key], original["optimizer_state_dict"][key]
+        assert [flat.untyped_storage().nbytes() for flat in flats] == [flat.untyped_storage().nbytes() for flat in expected]
+        assert all(same_but_padding(flat, other) for flat, other in zip(flats, expected, strict=True))
+    for mine, original in zip(load(ours, "*_model_states.pt"), load(theirs, "*_model_states.pt"), strict=True):
+        for key in ("buffer_names", "param_shapes", "shared_params", "global_steps"):
+            assert mine[key] == original[key], key
+        assert dict(mine["frozen_param_shapes"]) == dict(original["frozen_param_shapes"] or {})
+        fragments = original["frozen_param_fragments"] or {}
+        assert mine["frozen_param_fragments"].keys() == fragments.keys()
+        assert all(same_but_padding(mine["frozen_param_fragments"][tensor_name], fragments[tensor_name]) for tensor_name in fragments)
+
+
+def same_but_padding(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Where ours has NaN, theirs has whatever was in memory."""
+    return torch.equal(torch.where(ours.isnan(), 0, ours), torch.where(ours.isnan(), 0, theirs))
+
+
+def load(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    import deepspeed  # noqa: F401 - its classes are in the files
+
+    return [torch.load(path, weights_only=False) for path in sorted(folder.glob(pattern))]
 
 
 def damaged(checkpoints: Path, name: str, tmp_path: Path) -> Path:
