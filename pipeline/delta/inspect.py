@@ -60,6 +60,12 @@ def _contents(source: TensorSource) -> dict[str, Any]:
     }
 
 
+def _made_by(recipe: dict[str, Any] | None) -> list[str]:
+    if recipe is None:
+        return []
+    return [f"made by: {recipe['base']['path']} - {recipe['scale']} * ({recipe['tuned']['path']} - {recipe['base']['path']})"]
+
+
 def render(found: dict[str, Any]) -> str:
     """The same for people: the whole on a few lines, then a line a tensor."""
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
@@ -69,6 +75,7 @@ def render(found: dict[str, Any]) -> str:
     lines = [
         f"{found['path']}: {found['kind']}{more}",
         f"{found['num_tensors']} tensors, {found['num_bytes'] / 1e9:.3f} GB: {dtypes}",
+        *_made_by(found.get("made_by")),
         *(f"tied: {alias} is {owner}" for alias, owner in found["ties"].items()),
         *(f"EMPTY: {name}" for name in found["empty"]),
     ]

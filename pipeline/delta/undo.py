@@ -1,7 +1,8 @@
 """Undo: the base back from theta' and the tuned model, by the same subtraction with another scale.
 
 theta' = base - s * (tuned - base) gives base = theta' - t * (tuned - theta') with t = -s / (1 + s). An adapter holds
-tuned - base itself, so there t = -s. A 16-bit base comes back bit for bit; a float32 one within its rounding.
+tuned - base itself, so there t = -s. A float32 base comes back within rounding, a 16-bit one bit
+for bit (unless the change was thousands of times larger than a weight).
 """
 
 from __future__ import annotations

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from delta_models import formula, layered, load, nudged, save, write_pair
+from safetensors.torch import load_file, save_file
+
+from pipeline.artifact import write_json
+from pipeline.delta import subtract as module
+from pipeline.delta.disk import OutputFile
+from pipeline.delta.subtract import subtract
+from pipeline.delta.verify import verify
+from pipeline.errors import InputError
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    base, tuned = write_pair(tmp_path)
+    subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=20_000)
+    return tmp_path / "out"
+
+
+def shard_of(out: Path, name: str = NAME) -> Path:
+    return out / json.loads((out / "manifest.json").read_text())["tensors"][name]["file"]
+
+
+def change(out: Path, values: torch.Tensor, name: str = NAME) -> None:
+    """Replace a tensor's values in its shard, which stays a sound file."""
+    path = shard_of(out, name)
+    save_file(load_file(path) | {name: values}, path, metadata={"format": "pt"})
+
+
+def only_problem(out: Path) -> str:
+    verdict = verify(out)
+    assert len(verdict.problems) == 1, verdict
+    return verdict.problems[0]
+
+
+def test_a_sound_result_has_no_problems(out: Path) -> None:
+    assert verify(out) == ([], [])
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16", "rounding": "stochastic"}, {"dtype": "same"}, {"dtype": "float16"}])
+def test_so_has_one_in_16_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+    base, tuned = write_pair(tmp_path)
+    subtract(base, tuned, 0.7, tmp_path / "out", seed=5, **options)
+    assert verify(tmp_path / "out") == ([], [])
+
+
+def test_a_flipped_bit_is_found(out: Path) -> None:
+    values = load(out)[NAME]
+    right = values.flatten()[5].item()
+    values.view(torch.int32).view(-1)[5] ^= 1 << 20
+    wrong = values.flatten()[5].item()
+    change(out, values)
+    problem = only_problem(out)
+    assert NAME in problem
+    assert f"1 of {values.numel()} elements differ; element 5 is {wrong:.9g} instead of {right:.9g}" in problem
+
+
+def test_another_scales_tensor_is_recognised(out: Path, tmp_path: Path) -> None:
+    change(out, formula(load(tmp_path / "base"), load(tmp_path / "tuned"), 0.8)[NAME])
+    assert "was made with scale 0.8 instead of 0.3" in only_problem(out)
+
+
+def test_the_bases_values_are_recognised(out: Path, tmp_path: Path) -> None:
+    change(out, load(tmp_path / "base")[NAME].float())
+    assert "holds the base's values" in only_problem(out)
+
+
+def test_nan_is_named(out: Path) -> None:
+    values = load(out)[NAME]
+    values[1, 2] = torch.nan
+    change(out, values)
+    assert f"{NAME} in {shard_of(out).name}: 1 elements are NaN or infinite" in only_problem(out)
+
+
+def test_an_empty_tensor_is_named(out: Path) -> None:
+    change(out, torch.empty(0))
+    assert f"{NAME} in {shard_of(out).name}: is empty" in only_problem(out)
+
+
+def test_a_missing_a_stray_and_a_truncated_shard_are_named(out: Path) -> None:
+    (out / "stray.safetensors").write_bytes(b"")
+    shard_of(out).unlink()
+    norm = shard_of(out, "lm_head.weight")
+    norm.write_bytes(norm.read_bytes()[:-1])
+    problems = "\n".join(verify(out).problems)
+    assert "stray.safetensors: is not in the manifest" in problems
+    assert f"{shard_of(out).name}: is missing" in problems
+    assert f"{norm}: truncated" in problems
+
+
+def test_a_tensor_in_another_shard_is_named(out: Path) -> None:
+    path = shard_of(out)
+    tensors = load_file(path)
+    moved = tensors.pop(NAME)
+    save_file(tensors | {"stranger": moved}, path)
+    problems = "\n".join(verify(out).problems)
+    assert f"{NAME}: is missing from {path.name}" in problems
+    assert f"stranger: is a stranger in {path.name}" in problems
+
+
+def test_a_wrong_index_is_named(out: Path) -> None:
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index["weight_map"][NAME] = "model-00001-of-00005.safetensors"
+    write_json(out / "model.safetensors.index.json", index)
+    assert only_problem(out).startswith(f"model.safetensors.index.json: says that {NAME} lies in model-00001")
+
+
+def test_a_doctored_manifest_is_found_out(out: Path) -> None:
+    """The file and its digest fit each other, but not the models they were made from."""
+    values = load(out)[NAME] + 1
+    change(out, values)
+    manifest = json.loads((out / "manifest.json").read_text())
+    from blake3 import blake3
+
+    manifest["tensors"][NAME]["blake3"] = blake3(values.numpy().tobytes()).hexdigest()
+    write_json(out / "manifest.json", manifest)
+    assert only_problem(out) == f"{NAME}: the manifest's digest is not that of base - scale * (tuned - base)"
+
+
+def test_a_result_that_equals_its_base_is_a_problem(tmp_path: Path) -> None:
+    base = layered(0)
+    subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", nudged(base, 1, std=1e-9)), 0.1, tmp_path / "out", dtype="same")
+    assert only_problem(tmp_path / "out") == "the result equals its base: every change was lost in bfloat16"
+
+
+def test_inputs_that_have_gone_are_noted_and_the_rest_is_checked(out: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "tuned")
+    verdict = verify(out)
+    assert verdict.problems == []
+    assert "tuned model" in verdict.notes[0] and "no longer there" in verdict.notes[0]
+    change(out, load(out)[NAME] + 1)
+    assert "its bytes are not those that were written" in only_problem(out)
+
+
+def test_an_input_that_has_changed_is_a_problem(out: Path, tmp_path: Path) -> None:
+    save(tmp_path / "tuned", nudged(layered(0), 2))
+    assert only_problem(out).endswith("has changed since the result was made")
+
+
+def test_an_unfinished_results_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = write_pair(tmp_path)
+
+    class Failing(OutputFile):
+        def __init__(self, path: Path, *rest: Any) -> None:
+            if "-00004-of" in path.name:
+                raise OSError(28, "No space left on device", str(path))
+            super().__init__(path, *rest)
+
+    monkeypatch.setattr(module, "OutputFile", Failing)
+    monkeypatch.setattr("pipeline.delta.stream.MAX_THREADS", 1)
+    with pytest.raises(OSError, match="No space left"):
+        subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=20_000)
+    assert "not finished, 3 shards are done" in only_problem(tmp_path / "out")
+    path = next((tmp_path / "out").glob("model-00001*"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "its bytes are not those that were written" in verify(tmp_path / "out").problems[1]
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    base, _ = write_pair(tmp_path)
+    with pytest.raises(InputError, match="holds no result"):
+        verify(base)
