@@ -1,20 +1,21 @@
-"""A ZeRO-1, 2 or 3 checkpoint as a tensor source: parameters read in place from the ranks' partitions of the fp32 masters.
+"""A DeepSpeed checkpoint (ZeRO-1, 2, 3, universal) as a tensor source: fp32 masters, read in place from the ranks' partitions.
 
 Nothing is consolidated and DeepSpeed is not imported. How the masters are laid out:
 stages 1 and 2: each parameter group is one flat tensor, cut into a partition a rank wherever that falls;
-stage 3: every parameter is cut into one part a rank, and a rank's parts follow each other through its sub-groups.
+stage 3: every parameter is cut into one part a rank, and a rank's parts follow each other through its sub-groups;
+universal: a file for each parameter. What pads a part at stage 3 is whatever was in memory, and must never be read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.weights.stored import StoredSource, StoredTensor, join
-from pipeline.weights.torch_file import ShapedTensor
+from pipeline.weights.torch_file import ShapedTensor, TorchFile
 from pipeline.weights.zero_files import ZeroFiles, open_zero_files, table
 
 Shape = tuple[int, ...]
@@ -30,7 +31,7 @@ class ZeroSource(StoredSource):
         """`path`: a tag folder, or a save folder with `latest`. Raises InputError as `open_zero_files`, and if sizes do not add up."""
         files = open_zero_files(path)
         super().__init__(files.folder)
-        self.kind = f"zero-{files.stage}"
+        self.kind = files.kind
         self.world_size = files.world_size
         self.global_steps: int | None = files.models[0].get("global_steps")
         self._files = files.files
@@ -42,8 +43,8 @@ class ZeroSource(StoredSource):
             raise InputError(f"{self.path}: damaged ({error})".splitlines()[0]) from error
 
     def _enter(self, files: ZeroFiles) -> None:
-        layout = _stage_3 if files.stage == 3 else _stage_1_2
-        for name, shape, stored in [*_buffers(files), *_frozen(files), *layout(files)]:
+        masters = _MASTERS[files.kind]
+        for name, shape, stored in [*_buffers(files), *_frozen(files), *masters(files)]:
             self.add(name, shape, stored)
         shared = table(files.models[0].get("shared_params"))  # rank 0's file alone has them
         for name, tensor in _unnamed_frozen(files):
@@ -119,6 +120,26 @@ def _stage_3(files: ZeroFiles) -> Iterator[tuple[str, Shape, StoredTensor]]:
         offset += part
 
 
+def _universal(files: ZeroFiles) -> Iterator[tuple[str, Shape, StoredTensor]]:
+    for name, shape in (item for group in _shapes(files, "param_shapes") for item in group.items()):
+        if "/" in name or name.startswith("."):
+            raise InputError(f"{files.folder}: a parameter is named {name!r}, which is not a folder's name")
+        file = TorchFile(files.folder / "zero" / name / "fp32.pt")
+        files.files.append(file.file)
+        tensor = file.content.get("param") if isinstance(file.content, dict) else file.content
+        if not isinstance(tensor, ShapedTensor):
+            raise InputError(f"{file.file.path}: holds no tensor; convert the checkpoint again")
+        yield name, shape, tensor.stored
+
+
+_MASTERS: dict[str, Callable[[ZeroFiles], Iterator[tuple[str, Shape, StoredTensor]]]] = {
+    "zero-1": _stage_1_2,
+    "zero-2": _stage_1_2,
+    "zero-3": _stage_3,
+    "universal": _universal,
+}
+
+
 def _part(shape: Shape, world_size: int) -> int:
     """How many elements of a parameter each rank holds at stage 3, padding included."""
     return ceil(prod(shape) / world_size)
@@ -137,11 +158,10 @@ def _frozen(files: ZeroFiles) -> Iterator[tuple[str, Shape, StoredTensor]]:
 
 
 def _unnamed_frozen(files: ZeroFiles) -> Iterator[tuple[str, ShapedTensor]]:
-    """The 16-bit module of stages 1 and 2: at stage 1 frozen parameters are there alone. (At stage 3 it has placeholders.)"""
-    if files.stage < 3:
-        for name, tensor in table(files.models[0].get("module")).items():
-            if isinstance(name, str) and isinstance(tensor, ShapedTensor):
-                yield name, tensor
+    """The 16-bit module: at stage 1 frozen parameters are there alone. At stage 3 it has empty placeholders."""
+    for name, tensor in table(files.models[0].get("module")).items():
+        if isinstance(name, str) and isinstance(tensor, ShapedTensor) and tensor.stored.num_elements:
+            yield name, tensor
 
 
 def _fragment(files: ZeroFiles, model: dict[str, Any], name: str) -> StoredTensor:

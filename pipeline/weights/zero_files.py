@@ -3,12 +3,14 @@
 Format (DeepSpeed 0.19): `<save_dir>/latest` names a tag folder. In it, per rank r,
 `[bf16_]zero_pp_rank_{r}_mp_rank_00_optim_states.pt` holds the fp32 masters, and `mp_rank_00_model_states.pt` (stages 1, 2)
 or `zero_pp_rank_{r}_mp_rank_00_model_states.pt` (stage 3) the names, shapes, buffers and frozen parameters.
+A universal checkpoint (`ds_to_universal`) has the same model states, and `zero/<parameter>/fp32.pt` for the masters.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,27 +20,34 @@ from pipeline.weights.torch_file import ShapedTensor, TorchFile
 
 T = TypeVar("T")
 
+_LATEST = ("latest", "latest_universal")
 _OPTIM = re.compile(r"(?:bf16_)?(?P<expert>exp)?(?:zero_)?pp_rank_(?P<rank>\d+)_mp_rank_(?P<model_rank>\d+)_optim_states\.pt")
 
 
 @dataclass(frozen=True)
 class ZeroFiles:
-    """A checkpoint's files. Lists are by rank; `models` has one entry at stages 1 and 2."""
+    """A checkpoint's files. Lists are by rank; `models` has one entry at stages 1 and 2, `optims` none in a universal checkpoint."""
 
     folder: Path
-    stage: int
+    kind: str
+    """`zero-1`, `zero-2`, `zero-3` or `universal`."""
     optims: list[dict[str, Any]]
     models: list[dict[str, Any]]
     files: list[PreadFile]
 
     @property
     def world_size(self) -> int:
-        return len(self.optims)
+        """How many ranks saved it. (1 for a universal checkpoint of stages 1 and 2, which does not depend on it.)"""
+        return len(self.optims) or len(self.models)
 
 
 def is_zero_folder(path: Path) -> bool:
     """Whether `path` looks like a DeepSpeed checkpoint: a tag folder, or a save folder with `latest`."""
-    return (path / "latest").is_file() or any(path.glob("*_optim_states.pt")) or any(path.glob("*mp_rank_*_model_states.pt"))
+    return (
+        any((path / name).is_file() for name in _LATEST)
+        or any(path.glob("*_optim_states.pt"))
+        or any(path.glob("*mp_rank_*_model_states.pt"))
+    )
 
 
 def open_zero_files(path: Path) -> ZeroFiles:
@@ -48,6 +57,8 @@ def open_zero_files(path: Path) -> ZeroFiles:
     not read: stage 0, tensor or expert parallelism, round-robin gradients.
     """
     folder = _tag_folder(path)
+    if (folder / "zero").is_dir():
+        return _open_universal(folder)
     optim_files = [TorchFile(file) for file in _optim_paths(folder)]
     optims = [required(file, file.content, "optimizer_state_dict", dict) for file in optim_files]
     stage = _stage(optim_files[0], optims[0])
@@ -57,12 +68,26 @@ def open_zero_files(path: Path) -> ZeroFiles:
     _require_one_save(optim_files, optims, model_files)
     for file in [*optim_files, *model_files]:
         _require_plain_layout(file, stage)
-    return ZeroFiles(folder, stage, optims, models, [file.file for file in [*optim_files, *model_files]])
+    return ZeroFiles(folder, f"zero-{stage}", optims, models, [file.file for file in [*optim_files, *model_files]])
+
+
+def _open_universal(folder: Path) -> ZeroFiles:
+    whole = folder / "mp_rank_00_model_states.pt"
+    num_ranks = len(list(folder.glob("zero_pp_rank_*_mp_rank_00_model_states.pt")))
+    paths = [whole] if whole.is_file() or not num_ranks else _model_paths(folder, 3, num_ranks)
+    files = [TorchFile(path) for path in paths]
+    models = [_mapping(file) for file in files]
+    if paths != [whole]:
+        _require_all_ranks(folder, {"partition_count": models[0].get("dp_world_size")}, num_ranks)
+    _require_same(files, [model.get("global_steps") for model in models], "step")
+    for file in files:
+        _require_plain_layout(file, 3)
+    return ZeroFiles(folder, "universal", [], models, [file.file for file in files])
 
 
 def _tag_folder(path: Path) -> Path:
-    latest = path / "latest"
-    if not latest.is_file():
+    latest = next((path / name for name in _LATEST if (path / name).is_file()), None)
+    if latest is None:
         return path
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not tag or "/" in tag or tag in (".", ".."):
@@ -84,7 +109,7 @@ def _optim_paths(folder: Path) -> list[Path]:
             raise InputError(f"{path}: {other.name} is of the same rank; files of different saves are mixed")
     if not paths:
         raise InputError(f"{folder}: has no *_optim_states.pt, as of ZeRO stage 0 or no DeepSpeed checkpoint; it holds no fp32 masters")
-    absent = sorted(set(range(max(paths) + 1)) - set(paths))
+    absent = list(islice((rank for rank in count() if rank not in paths), min(max(paths) + 1 - len(paths), 20)))
     if absent:
         raise InputError(f"{folder}: the files of ranks {', '.join(map(str, absent))} are missing")
     return [paths[rank] for rank in sorted(paths)]
@@ -108,7 +133,7 @@ def _stage(file: TorchFile, optim: dict[str, Any]) -> int:
 def _require_all_ranks(folder: Path, optim: dict[str, Any], num_files: int) -> None:
     counts = optim.get("partition_count")
     counts = counts if isinstance(counts, list) else [counts]
-    if any(count != counts[0] for count in counts):
+    if any(number != counts[0] for number in counts):
         raise InputError(f"{folder}: its parameter groups are split over {_text(counts)} ranks; expert parallelism is not supported")
     if counts[:1] != [num_files]:
         raise InputError(f"{folder}: was saved by {_text(counts[:1])} ranks, but has the files of {num_files}; some are missing or stale")

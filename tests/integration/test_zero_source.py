@@ -54,11 +54,14 @@ MIXED = {
 }
 
 
+UNIVERSAL = ["stage 2, bf16, frozen", "stage 3, sub-groups"]
+
+
 @pytest.fixture(scope="session", params=[1, 2, 3])
 def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of save folders, one per case."""
     out = tmp_path_factory.mktemp(f"zero-{request.param}")
-    run_ranks(request.param, out, CASES | (MIXED if request.param == 2 else {}))
+    run_ranks(request.param, out, CASES)
     return out
 
 
@@ -166,8 +169,26 @@ def damaged(checkpoints: Path, name: str, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("zero-damaged")
-    run_ranks(2, out, MIXED | {name: CASES[name] for name in ("stage 2, bf16, plain", "stage 3, bf16, plain", "stage 3, bf16, frozen")})
+    run_ranks(
+        2,
+        out,
+        MIXED | {name: CASES[name] for name in ("stage 2, bf16, plain", "stage 3, bf16, plain", "stage 3, bf16, frozen", *UNIVERSAL)},
+    )
     return out
+
+
+@pytest.mark.parametrize("name", UNIVERSAL)
+def test_reads_universal_checkpoints(two_ranks: Path, tmp_path: Path, name: str) -> None:
+    folders = ["--input_folder", str(two_ranks / name / "step-2"), "--output_folder", str(tmp_path / "step-2_universal")]
+    convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
+    subprocess.run([*convert, "--num_merge_workers", "1", *folders], check=True, capture_output=True, timeout=300)
+    source, original = open_source(tmp_path), open_source(two_ranks / name)
+    assert source.kind == "universal" and source.tensors == original.tensors and source.aliases == original.aliases
+    for tensor_name, info in source.tensors.items():
+        assert torch.equal(source.read(tensor_name, 0, info.num_elements), original.read(tensor_name, 0, info.num_elements)), tensor_name
+    (tmp_path / "step-2_universal" / "zero" / "gate" / "fp32.pt").unlink()
+    with pytest.raises(InputError, match="gate"):
+        open_source(tmp_path)
 
 
 def remove(*names: str) -> Callable[[Path, Path], None]:
