@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -16,6 +17,7 @@ from launch.outcome import STOPPED
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
+_GRACE_SECONDS = 1.0
 
 
 def run(plan: Path, ranks: int, lock: int) -> int:
@@ -92,7 +94,10 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], run_dir
         codes = [process.poll() for process in processes]
         failed = {rank: code for rank, code in enumerate(codes) if code}
         if failed:
-            return _culprit(failed, run_dir)
+            if 0 not in failed:  # it may be about to say the same on the terminal
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    failed[0] = processes[0].wait(_GRACE_SECONDS)
+            return _culprit({rank: code for rank, code in failed.items() if code}, run_dir)
         if None not in codes:
             return 0
         for number in received[num_forwarded:]:

@@ -1,0 +1,190 @@
+"""`flearn run` from start to end on this machine: re-use, kills, stops, mistakes. Real processes, real DeepSpeed, two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# The quickstart with two methods, few facts and short trainings.
+SMALL = [
+    "facts.limit=12",
+    "methods=[flearn_ft,flearn_lora]",
+    "teach.epochs=8",
+    "teach.checkpoint_every_steps=2",
+    "full.epochs=3",
+    "full.checkpoint_every_steps=1",
+    "lora.epochs=3",
+    "lora.checkpoint_every_steps=1",
+    "evaluate.max_new_tokens=4",
+]
+
+pytestmark = pytest.mark.slow
+
+
+def command(runs: Path, *overrides: str) -> list[str]:
+    settings = [*SMALL, f"cluster.runs_dir={runs}", *overrides]
+    return [sys.executable, "-m", "launch", "run", "configs/quickstart.yaml", *(part for s in settings for part in ("--set", s))]
+
+
+def flearn(runs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(runs, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a run as a process group of its own; whatever is left of it is killed after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def _start(runs: Path, *overrides: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command(runs, *overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    yield _start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    runs = tmp_path_factory.mktemp("finished")
+    done = flearn(runs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "scores in %" in done.stdout
+    return runs / "quickstart"
+
+
+def figures(run_dir: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((run_dir / "results.json").read_text())["rows"]
+    return rows
+
+
+def manifests(run_dir: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in run_dir.glob("*/manifest.json")}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_results_have_a_row_for_each_method_protocol_and_state(finished: Path) -> None:
+    rows = figures(finished)
+    found = {(row["method"], row["protocol"], row["state"]) for row in rows}
+    assert found == {
+        (method, protocol, state)
+        for method in ("flearn_ft", "flearn_lora")
+        for protocol in ("token", "probability", "generation")
+        for state in ("original", "forgotten", "updated")
+    }
+    assert len(rows) == len(found)
+    assert (finished / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_run_again_does_nothing(finished: Path) -> None:
+    before = manifests(finished)
+    done = flearn(finished.parent)
+    assert done.returncode == 0
+    assert "nothing to run" in done.stdout
+    assert manifests(finished) == before
+
+
+def test_a_new_lambda_reuses_the_fine_tunings(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    run_dir = tmp_path / "runs" / "quickstart"
+    before = manifests(run_dir)
+    done = flearn(tmp_path / "runs", "forget.scale=0.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = manifests(run_dir)
+    assert {name: after[name] for name in before} == before
+    assert {name.rpartition("-")[0] for name in after.keys() - before.keys()} == {"forget", "learn", "evaluate", "report"}
+    assert {row["scale"] for row in figures(run_dir)} == {0.5}
+
+
+def test_killed_in_each_stage_it_ends_with_the_same_figures(
+    finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    run_dir = tmp_path / "quickstart"
+    for stage in ("model", "teach", "evaluate", "tune_old", "learn", "report"):
+        process = start(tmp_path)
+        wait_for(lambda stage=stage: any(run_dir.glob(f"{stage}-*/rank0.log")), process, stage)  # type: ignore[misc]
+        if stage in ("teach", "tune_old", "learn"):  # in the middle of the training, with a checkpoint to go on from
+            wait_for(lambda stage=stage: any(run_dir.glob(f"{stage}-*/checkpoints/*")), process, f"a checkpoint of {stage}")  # type: ignore[misc]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run_dir / "results.json").exists()
+    done = flearn(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert figures(run_dir) == figures(finished)
+
+
+def test_asked_to_stop_it_saves_and_goes_on(finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    run_dir = tmp_path / "quickstart"
+    process = start(tmp_path)
+    wait_for(lambda: any(run_dir.glob("teach-*/steps.jsonl")), process, "the first step")
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "the same command goes on from there" in output
+    assert any(run_dir.glob("teach-*/checkpoints/*"))
+    done = flearn(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert figures(run_dir) == figures(finished)
+
+
+def test_a_dead_rank_ends_the_others(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start(tmp_path)
+    wait_for(lambda: any((tmp_path / "quickstart").glob("teach-*/steps.jsonl")), process, "the first step")
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    victim = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGKILL, 1), output  # 1: rank 0 noticed first
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start(tmp_path)
+    wait_for(lambda: (tmp_path / "quickstart/plan.json").exists(), process, "the plan")
+    second = flearn(tmp_path)
+    assert second.returncode == 2
+    assert second.stderr.count("\n") == 1
+    assert "another run is at work here" in second.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_one_line_and_no_loss(finished: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "small"
+    runs.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(runs)], check=True)
+    try:
+        done = flearn(runs)
+        assert done.returncode == 2, done.stdout + done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.startswith("flearn: ")]
+        assert len(lines) == 1
+        assert "free" in lines[0]
+        subprocess.run(["mount", "-o", "remount,size=1g", str(runs)], check=True)
+        done = flearn(runs)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert figures(runs / "quickstart") == figures(finished)
+    finally:
+        subprocess.run(["umount", str(runs)], check=True)
