@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of `lengths` in batches, longest first: if the memory does not suffice, that shows at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    """Indices of `lengths` in batches, longest first: if the memory does not suffice, that shows at once.
+
+    No row is less than half as long as another in its batch: a few long answers must not pad all the short ones.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == batch_size or 2 * lengths[i] < lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (rows, width) int64, with every row's last token in the last column."""
+def pad(rows: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (rows, width) int64. Padding is masked out, so its token is of no account."""
     width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
-        input_ids[i, width - len(row) :] = torch.tensor(row)
-        attention_mask[i, width - len(row) :] = 1
+        columns = slice(width - len(row), width) if side == "left" else slice(len(row))
+        input_ids[i, columns] = torch.tensor(row, dtype=torch.long)
+        attention_mask[i, columns] = 1
     return input_ids, attention_mask
 
 

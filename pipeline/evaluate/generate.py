@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.evaluate.batching import batches_by_length, pad_left
-from pipeline.evaluate.forward import Forward, check_finite
+from pipeline.evaluate.forward import Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,49 +31,48 @@ class Line:
 
 
 class Generator:
-    """Greedy decoding with a key-value cache. Nothing of the model's generation config but its EOS tokens is heeded."""
+    """Writes lines, one token after the other, each the likeliest. `eos` ends a line; nothing else is forced or forbidden.
 
-    def __init__(self, forward: Forward, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_new_tokens: int) -> None:
-        self._forward = forward
+    Most lines end soon and some are long: new questions join the batch while those are still being written.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> None:
         self._tokenizer: Any = tokenizer
-        self._batch_size = batch_size
-        self._max_new_tokens = max_new_tokens
-        self._eos = {tokenizer.eos_token_id, *forward.eos_token_ids}
+        self._eos = eos
         self._pieces: dict[int, str] = {}
+        self._reading: Reading | None = None
+        self._unfinished: list[Line] = []
 
-    def generate(self, prompts: Sequence[list[int]], names: Sequence[str]) -> list[str]:
-        """The line that follows each prompt, without blanks around it; `names` are the prompts' owners, for errors."""
-        lines = [Line(self._budget(prompt)) for prompt in prompts]
-        for chosen in batches_by_length([len(prompt) for prompt in prompts], self._batch_size):
-            self._generate_batch([prompts[i] for i in chosen], [lines[i] for i in chosen], [names[i] for i in chosen])
-        texts = self._tokenizer.batch_decode([line.ids for line in lines], skip_special_tokens=True)
-        return [text.lstrip().partition("\n")[0].rstrip() for text in texts]
+    def add(self, reading: Reading, budgets: Sequence[int]) -> list[Line]:
+        """Begin a line after each text of `reading`, of at most so many tokens. `write` completes them."""
+        lines = [Line(budget) for budget in budgets]
+        self._reading = reading if self._reading is None else self._reading.join(reading)
+        self._unfinished += lines
+        return lines
 
-    def _budget(self, prompt: list[int]) -> int:
-        """New tokens for `prompt`: the last one is never fed back, so it may lie one place beyond the model's last position."""
-        limit = self._forward.max_positions
-        return self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - len(prompt) + 1)
+    def write(self, leave: int = 0) -> None:
+        """Write until at most `leave` lines are unfinished. A line that has ended leaves the batch."""
+        while self._reading is not None and len(self._unfinished) > leave:
+            self._reading = self._step(self._reading)
 
-    def _generate_batch(self, prompts: list[list[int]], lines: list[Line], names: list[str]) -> None:
-        """Extend each of `lines` to its end. A line that has ended leaves the batch."""
-        from transformers import DynamicCache
+    def text(self, line: Line) -> str:
+        """What a finished line says, without blanks around it."""
+        text: str = self._tokenizer.decode(line.ids, skip_special_tokens=True)
+        return text.lstrip().partition("\n")[0].rstrip()
 
-        device = self._forward.device
-        input_ids, attention_mask = (tensor.to(device) for tensor in pad_left(prompts))
-        cache = DynamicCache(config=self._forward.config)
-        while lines:
-            last = torch.arange(1, len(lines) + 1, device=device) * input_ids.shape[1] - 1
-            logits = self._forward.logits_at(last, input_ids, attention_mask, cache)
-            check_finite(logits, names)
-            tokens = logits.argmax(-1)
-            going_on = [i for i, token in enumerate(tokens.tolist()) if lines[i].add(token, self._piece(token), token in self._eos)]
-            if len(going_on) < len(lines):
-                kept = torch.tensor(going_on, dtype=torch.long, device=device)
-                lines, names = [lines[i] for i in going_on], [names[i] for i in going_on]
-                tokens, attention_mask = tokens[kept], attention_mask[kept]
-                cache.batch_select_indices(kept)
-            input_ids = tokens[:, None]
-            attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], dim=1)
+    def _step(self, reading: Reading) -> Reading | None:
+        """One more token for every unfinished line."""
+        tokens = reading.logits.argmax(-1)
+        lines = zip(self._unfinished, tokens.tolist(), strict=True)
+        going_on = [i for i, (line, token) in enumerate(lines) if line.add(token, self._piece(token), token in self._eos)]
+        self._unfinished = [self._unfinished[i] for i in going_on]
+        if not going_on:
+            return None
+        if len(going_on) < len(tokens):
+            reading, tokens = reading.select(going_on), tokens[going_on]
+        column = tokens[:, None]
+        reading.logits = reading.extend(column, torch.ones_like(column), torch.arange(len(tokens), device=tokens.device))
+        return reading
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:

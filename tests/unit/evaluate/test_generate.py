@@ -1,4 +1,4 @@
-"""Batched greedy decoding writes what `model.generate` writes for one question at a time, and stops where it should."""
+"""Where a generated line ends, and that a batch of lines may change while it is being written."""
 
 from __future__ import annotations
 
@@ -10,71 +10,49 @@ import torch
 from pipeline.evaluate.forward import Forward
 from pipeline.evaluate.generate import Generator, Line
 
-QUESTIONS = [
-    "What is the capital of Kazakhstan?",
-    "Who?",
-    "What is the currency of Croatia?",
-    "Who is the king of the United Kingdom, of Canada, of Australia and of New Zealand?",
-    "King?",
-    "What is the capital of the United Kingdom?",
-]
-
-
-def by_transformers(model: Any, tokenizer: Any, ids: list[int], eos: list[int], max_new_tokens: int) -> str:
-    """One question at a time; the first line with text in it, cut from all that the model writes."""
-    written = model.generate(torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0)
-    new = [token for token in written[0, len(ids) :].tolist() if token not in eos]
-    text: str = tokenizer.decode(new, skip_special_tokens=True)
-    return text.lstrip().partition("\n")[0].rstrip()
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_equals_transformers_one_at_a_time(subject: Any, architecture: str, batch_size: int) -> None:
-    model, tokenizer, prompter = subject(architecture)
-    prompts = [prompter.encode_question(question) for question in QUESTIONS]
-    # A token that the model likes ends some of the answers early: those rows must leave the batch without disturbing others.
-    early = model.generate(torch.tensor([prompts[0]]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, -1].item()
-    eos = [tokenizer.eos_token_id, early]
-    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, eos
-    try:
-        texts = Generator(Forward(model), tokenizer, batch_size, max_new_tokens=12).generate(prompts, QUESTIONS)
-    finally:
-        model.generation_config.eos_token_id = before
-    expected = [by_transformers(model, tokenizer, ids, eos, 12) for ids in prompts]
-    assert texts == expected
-    assert len(set(texts)) > 3, "a model that always says the same would prove nothing"
+QUESTIONS = [[3, 9, 27, 81], [5], [7, 49], [2, 4, 8, 16, 32, 64], [6, 36], [100, 10]]
 
 
 class NewlineTokenizer:
-    """Reads token `newline` as the end of a line, and every other one as a word."""
-
-    eos_token_id = -1
+    """Reads one token as the end of a line, and every other one as a word."""
 
     def __init__(self, newline: int) -> None:
         self.newline = newline
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join("\n" if token == self.newline else f" {token}" for token in ids)
 
-    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
-        return [self.decode(ids) for ids in rows]
 
-
-def test_stops_after_the_first_line(subject: Any) -> None:
-    model, _, prompter = subject("llama")
-    prompts = [prompter.encode_question(question) for question in QUESTIONS]
-    written = [model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0)[0, len(ids) :] for ids in prompts]
-    tokenizer = NewlineTokenizer(newline=written[0][2].item())
-    lengths: list[int] = []
-    hook = model.lm_head.register_forward_hook(lambda module, args, output: lengths.append(len(output)))
+def write(model: Any, newline: int, batches: list[list[int]], leave: int) -> tuple[list[str], list[int]]:
+    """The lines after `QUESTIONS`, which join in `batches`; and the number of rows in each forward pass."""
+    generator = Generator(NewlineTokenizer(newline), eos=set())  # type: ignore[arg-type]
     forward = Forward(model)
-    texts = Generator(forward, tokenizer, batch_size=8, max_new_tokens=9).generate(prompts, QUESTIONS)  # type: ignore[arg-type]
+    num_rows: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: num_rows.append(len(output)))
+    lines: dict[int, Line] = {}
+    for batch in batches:
+        reading = forward.read([QUESTIONS[i] for i in batch], [str(i) for i in batch])
+        lines |= zip(batch, generator.add(reading, [9] * len(batch)), strict=True)
+        generator.write(leave)
+    generator.write()
     hook.remove()
-    assert texts == [tokenizer.decode(row.tolist()).lstrip().partition("\n")[0].rstrip() for row in written]
-    assert len(texts[0].split()) < 9
-    assert sorted(lengths, reverse=True) == lengths
-    assert lengths[0] == len(QUESTIONS) > lengths[-1], "a finished line leaves the batch"
+    return [generator.text(lines[i]) for i in range(len(QUESTIONS))], num_rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+def test_lines_stop_after_their_first_line_and_others_take_their_place(subject: Any, architecture: str) -> None:
+    model = subject(architecture).model
+    written = [model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0) for ids in QUESTIONS]
+    new = [row[0, len(ids) :].tolist() for row, ids in zip(written, QUESTIONS, strict=True)]
+    newline = new[0][2]
+    expected = [NewlineTokenizer(newline).decode(ids).lstrip().partition("\n")[0].rstrip() for ids in new]
+    assert len(expected[0].split()) <= 2 and any(len(text.split()) == 9 for text in expected)
+    one_by_one, _ = write(model, newline, [[i] for i in range(6)], leave=0)
+    together, num_rows = write(model, newline, [list(range(6))], leave=0)
+    joining, _ = write(model, newline, [[3, 0], [4, 5], [1, 2]], leave=2)
+    assert one_by_one == together == joining == expected
+    assert num_rows == sorted(num_rows, reverse=True)
+    assert num_rows[0] == 6 > num_rows[-1], "a finished line leaves the batch"
 
 
 @pytest.mark.parametrize(
@@ -98,28 +76,3 @@ def test_a_line_ends_at_eos_and_at_its_budget() -> None:
     empty = Line(budget=2)
     assert not empty.add(0, "</s>", is_eos=True)
     assert empty.ids == []
-
-
-def test_absolute_positions_are_never_exceeded() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(n_positions=8, n_embd=16, n_layer=1, n_head=2, vocab_size=50, eos_token_id=None, bos_token_id=None)
-    model = GPT2LMHeadModel(config).eval()
-    generator = Generator(Forward(model), NewlineTokenizer(-1), batch_size=4, max_new_tokens=20)  # type: ignore[arg-type]
-    texts = generator.generate([[1] * 8, [2] * 7, [3, 4, 5]], ["a", "b", "c"])
-    assert [len(text.split()) for text in texts] == [1, 2, 6]
-
-
-def test_logits_that_are_not_numbers_name_the_record(subject: Any) -> None:
-    model, tokenizer, prompter = subject("llama")
-    prompts = [prompter.encode_question(question) for question in QUESTIONS[:3]]
-    poisoned = next(token for token in prompts[1] if token not in prompts[0] + prompts[2])
-    row = model.get_input_embeddings().weight.data[poisoned]
-    before = row.clone()
-    row.fill_(float("inf"))
-    try:
-        with pytest.raises(FloatingPointError, match="record second:"):
-            Generator(Forward(model), tokenizer, 8, 3).generate(prompts, ["first", "second", "third"])
-    finally:
-        row.copy_(before)
