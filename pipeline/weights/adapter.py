@@ -59,6 +59,7 @@ class AdapterSource:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, the change added in float32."""
+        name = self.aliases.get(name, name)
         values = self._base.read(name, start, stop)
         return values.float() + self.delta(name, start, stop) if name in self.changed else values
 

@@ -63,7 +63,7 @@ class TensorSource(Protocol):
     """Names that are the same memory as another (tied weights): {alias: owner}. Not in `tensors`."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the tensor, flattened in C order: a 1-D tensor of its stored dtype.
+        """Elements [start, stop) of the tensor, flattened in C order: a 1-D tensor of its stored dtype. An alias reads its owner.
 
         The result may share a buffer with the source's file and must not be written to.
         """

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
 from pipeline.weights import writer
+from pipeline.weights.aside import sweep
 from pipeline.weights.open import open_source
 from pipeline.weights.shard import ShardWriter, index_of, parse_size, plan_shards
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo, TensorSource
@@ -95,6 +96,13 @@ def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_living_writers_file_is_not_swept_away(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x.safetensors", [TensorInfo("a", (4,), "float32")]) as shard:
+        sweep(tmp_path)
+        shard.write_slice("a", 0, torch.ones(4))
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(4))
+
+
 def test_a_hole_is_not_committed(tmp_path: Path) -> None:
     with (
         pytest.raises(AssertionError, match="never written"),
@@ -144,7 +152,7 @@ def test_a_killed_run_goes_on_and_is_not_read_before(source: TensorSource, tmp_p
     assert kept and (out / INCOMPLETE).exists()
     with pytest.raises(InputError, match="not whole"):
         open_source(out)
-    (out / ".model-00009-of-00009.safetensors.abc.tmp").write_bytes(b"what a killed writer left")
+    (out / ".model-00009-of-00009.safetensors.abcdefgh.tmp").write_bytes(b"what a killed writer left")
     write_model(source, out, "same", 30, None)
     assert {name: (out / name).stat().st_ino for name in kept} == kept
     assert not list(out.glob(".*"))

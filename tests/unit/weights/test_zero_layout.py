@@ -23,7 +23,7 @@ def tensors(prefix: str, sizes: list[list[int]]) -> dict[str, torch.Tensor]:
     return {f"{prefix}{i}": torch.randn(size) for i, size in enumerate(sizes)}
 
 
-@given(st.sampled_from([1, 2, 3]), st.integers(1, 6), st.lists(shapes, min_size=1, max_size=3), shapes, st.data())
+@given(st.sampled_from([1, 2, 3]), st.integers(1, 12), st.lists(shapes, min_size=1, max_size=3), shapes, st.data())
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_layout_reads_back(
     tmp_path_factory: pytest.TempPathFactory,
