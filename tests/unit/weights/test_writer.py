@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, full_disk_message
 from pipeline.weights import writer
 from pipeline.weights.aside import sweep
 from pipeline.weights.open import open_source
@@ -190,6 +191,26 @@ def test_too_little_disk_is_said_before_anything_is_written(source: TensorSource
     with pytest.raises(InputError, match=r"needed.*free"):
         write_model(source, tmp_path / "out", "same", "1GB", None)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_disk_that_fills_up_leaves_whole_shards_and_says_so(
+    source: TensorSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, allocate, calls = tmp_path / "out", os.posix_fallocate, []
+
+    def filling(descriptor: int, offset: int, size: int) -> None:
+        calls.append(size)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, offset, size)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
+        patch.setattr(os, "posix_fallocate", filling)
+        write_model(source, out, "same", 30, None)
+    assert "model-00002-of" in (full_disk_message(caught.value) or "")
+    assert len(list(out.glob("*.safetensors"))) == 1 and not list(out.glob("*.tmp")) + list(out.glob(".*.tmp"))
+    write_model(source, out, "same", 30, None)
+    assert open_source(out).tensors.keys() == TENSORS.keys()
 
 
 def test_config_and_tokenizer_come_along(source: TensorSource, tmp_path: Path) -> None:
