@@ -1,0 +1,37 @@
+"""One rank of an evaluation: `evaluate_worker.py FOLDER OUT`, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+
+FOLDER holds the artifacts `model` and `facts`. Exit 0: done; 3: asked to stop. Rank 0 writes OUT/result.json.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pipeline.artifact import Artifact, write_json
+from pipeline.config import Evaluate, Prompt
+from pipeline.context import Context, Preempted
+from pipeline.evaluate.stage import run
+
+
+def main(folder: Path, out: Path) -> int:
+    dist.init_process_group("gloo")
+    context = Context(dist.get_rank(), dist.get_world_size(), group=dist.new_group(backend="gloo"))
+    context.listen()
+    section = {"evaluate": Evaluate(batch_size=1, max_new_tokens=8).model_dump(), "prompt": Prompt().model_dump()}
+    try:
+        result = run(section, {role: Artifact(folder / role) for role in ("model", "facts")}, out, context)
+    except Preempted:
+        return 3
+    if context.is_main:
+        write_json(out / "result.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(code)
