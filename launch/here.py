@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launch.outcome import STOPPED
+from launch.outcome import MISTAKE, STOPPED
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
@@ -110,13 +110,14 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], run_dir
 def _culprit(failed: dict[int, int], run_dir: Path) -> int:
     """The exit code to report, and the end of the failed rank's log if it did not have the terminal.
 
-    A rank that lost its peer fails too, a moment later; a code of our own (a mistake, a stop) explains more than such a crash.
+    A rank that lost its peer fails too, a moment later. A code of our own (a mistake, a stop) explains more than such a
+    crash, and so does a signal.
     """
-    rank, code = min(failed.items(), key=lambda item: (item[1] not in (2, STOPPED), item[0]))
-    if code != STOPPED and rank != 0:
+    rank, code = min(failed.items(), key=lambda item: (item[1] not in (MISTAKE, STOPPED), item[1] > 0, item[0]))
+    if code > 0 and code != STOPPED and rank != 0:
         lines = log_of_rank(run_dir, rank).read_text(encoding="utf-8", errors="replace").splitlines()
         own = [line for line in lines if line.startswith("flearn: ")]
-        shown = own[-1:] if code == 2 and own else [f"flearn: rank {rank} failed; the end of its log:", *lines[-20:]]
+        shown = own[-1:] if code == MISTAKE and own else [f"flearn: rank {rank} failed; the end of its log:", *lines[-20:]]
         print("\n".join(shown), file=sys.stderr)
     if code < 0:
         print(f"flearn: rank {rank} was killed by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
