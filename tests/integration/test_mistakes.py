@@ -22,15 +22,6 @@ FACT = {
     "locality": [],
 }
 ZSRE = {"subject": "a", "src": "Who is a?", "pred": "b", "rephrase": "Who a?", "alt": "c", "answers": ["b"], "loc": "d", "loc_ans": "e"}
-    "subject": "a",
-    "src": "Who is a?",
-    "pred": "b",
-    "rephrase": "Who a?",
-    "alt": "c",
-    "answers": ["b"],
-    "loc": "nq question: d",
-    "loc_ans": "e",
-}
 
 pytestmark = pytest.mark.slow
 
