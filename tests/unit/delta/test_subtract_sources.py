@@ -98,7 +98,8 @@ def test_the_way_back_from_zero(tmp_path: Path, stage: int) -> None:
 def write_adapter(folder: Path, seed: int = 0, rank: int = 3, alpha: float = 6) -> dict[str, torch.Tensor]:
     """An adapter on q_proj of layers 0 and 2; {tensor: its change in float64}."""
     generator = torch.Generator().manual_seed(seed)
-    factors, changes = {}, {}
+    factors: dict[str, torch.Tensor] = {}
+    changes: dict[str, torch.Tensor] = {}
     for layer in (0, 2):
         module = f"model.layers.{layer}.self_attn.q_proj"
         a, b = torch.randn(rank, 33, generator=generator) * 0.1, 0.1 * torch.randn(33, rank, generator=generator)
@@ -148,8 +149,8 @@ def test_the_forget_stage(tmp_path: Path, kind: str) -> None:
         made = "adapter"
     else:
         made = save(tuning / "model", tuned).name
-    for folder, facts in ((original, {"model": "model", "model_kind": "folder"}), (tuning, {"model": made, "model_kind": kind})):
-        write_json(folder / "manifest.json", {"facts": facts, "inputs": {"model": original.name}})
+    for folder, said in ((original, {"model": "model", "model_kind": "folder"}), (tuning, {"model": made, "model_kind": kind})):
+        write_json(folder / "manifest.json", {"facts": said, "inputs": {"model": original.name}})
     section = {"forget": Forget(scale=0.3).model_dump(mode="json"), "seed": 0}
     out = tmp_path / "forget-3"
     inputs = {"base": Artifact(original), "tuned": Artifact(tuning)}

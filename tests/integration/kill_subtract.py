@@ -1,0 +1,81 @@
+"""Kills `subtract` at a chosen moment, as often as asked, without importing torch anew each time: each trial is a fork.
+
+Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [1, 1]}' OUT CALL BEFORE_OR_AFTER [OUT CALL BEFORE_OR_AFTER ...]
+A trial dies by SIGKILL before or after the CALL-th system call that changes a file (CALL 0: it lives), and prints a
+JSON line: how it ended, and the calls it made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.delta import chunks, stream
+from pipeline.delta.subtract import subtract
+
+CHANGING = ("replace", "fsync", "link", "unlink", "rmdir", "mkdir", "pwrite", "write", "posix_fallocate", "ftruncate")
+
+chunks.CHUNK_BYTES = stream.CHUNK_BYTES = 1 << 16
+
+
+class Killer:
+    """Counts the calls of `os`'s functions that change files, over all threads."""
+
+    def __init__(self, at: int, when: str) -> None:
+        self._at, self._when = at, when
+        self.calls: list[str] = []
+        self._lock = threading.Lock()
+
+    def arm(self) -> None:
+        for name in CHANGING:
+            setattr(os, name, self._wrap(name, getattr(os, name)))
+
+    def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            with self._lock:
+                self.calls.append(name)
+                is_last = len(self.calls) == self._at
+            if is_last and self._when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            if is_last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return counted
+
+
+def trial(arguments: dict[str, Any], out: Path, at: int, when: str) -> None:
+    """Run in a fork; print how it ended. The fork tells its calls through a pipe."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        killer = Killer(at, when)
+        killer.arm()
+        options: dict[str, Any] = {"max_shard_size": 200_000, "io": "direct"} | arguments
+        base, tuned = Path(options.pop("base")), Path(options.pop("tuned"))
+        state = subtract(base, tuned, 0.3, out, part=tuple(options.pop("part", (1, 1))), **options).state
+        with os.fdopen(sender, "w") as pipe:
+            json.dump({"state": state, "calls": killer.calls}, pipe)
+        os._exit(0)
+    os.close(sender)
+    with os.fdopen(receiver) as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(child, 0)
+    print(json.dumps({"signal": os.WTERMSIG(status), **json.loads(told or "{}")}), flush=True)
+
+
+def main() -> None:
+    arguments, trials = json.loads(sys.argv[1]), sys.argv[2:]
+    for i in range(0, len(trials), 3):
+        trial(arguments, Path(trials[i]), int(trials[i + 1]), trials[i + 2])
+
+
+if __name__ == "__main__":
+    main()
