@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from blake3 import blake3
 
+from pipeline.delta import chunks
 from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula
-from pipeline.delta.chunks import CHUNK_BYTES, Chunk, Part, cut
+from pipeline.delta.chunks import Chunk, Part, cut
 from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
 from pipeline.delta.plan import Plan
 from pipeline.delta.survival import Survival
@@ -81,7 +82,7 @@ class Stream:
         self._base, self._tuned = SliceReader(base, io), SliceReader(tuned, io)
         self._adapter = tuned if isinstance(tuned, AdapterSource) else None
         self._base_room, self._tuned_room = _rooms(plan, tuned)
-        per_thread = CHUNK_BYTES + self._base_room + self._tuned_room + _SCRATCH_BYTES
+        per_thread = chunks.CHUNK_BYTES + self._base_room + self._tuned_room + _SCRATCH_BYTES
         self._num_threads = min(MAX_THREADS, memory_bytes // per_thread)
         if self._num_threads == 0:
             raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {(per_thread >> 20) + 1}MiB")
@@ -137,7 +138,7 @@ class Stream:
 
     def _work(self, jobs: Iterator[tuple[Making, Chunk]], on_whole: Callable[[Shard, Receipt], None]) -> None:
         try:
-            memory, base, tuned = page_memory(CHUNK_BYTES), page_memory(self._base_room), page_memory(self._tuned_room)
+            memory, base, tuned = page_memory(chunks.CHUNK_BYTES), page_memory(self._base_room), page_memory(self._tuned_room)
             arithmetic = Arithmetic(self._formula)
             while (job := self._next(jobs)) is not None:
                 making, chunk = job
@@ -197,7 +198,7 @@ def _rooms(plan: Plan, tuned: TensorSource) -> tuple[int, int]:
     """The bytes that one thread needs to read a chunk's elements into: of the base, and of the tuned model."""
     base_room = tuned_room = 1
     for item in plan.items.values():
-        num_elements = min(item.info.num_elements, CHUNK_BYTES // DTYPE_BYTES[item.info.dtype])
+        num_elements = min(item.info.num_elements, chunks.CHUNK_BYTES // DTYPE_BYTES[item.info.dtype])
         base_room = max(base_room, room_for(num_elements * DTYPE_BYTES[item.base.dtype]))
         if item.other is not None:
             size = _DELTA_BYTES if isinstance(tuned, AdapterSource) else DTYPE_BYTES[tuned.tensors[item.other].dtype]

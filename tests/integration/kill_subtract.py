@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.delta import chunks, stream
+from pipeline.delta import chunks
 from pipeline.delta.subtract import subtract
 
 CHANGING = ("replace", "fsync", "link", "unlink", "rmdir", "mkdir", "pwrite", "write", "posix_fallocate", "ftruncate")
 
-chunks.CHUNK_BYTES = stream.CHUNK_BYTES = 1 << 16
+chunks.CHUNK_BYTES = 1 << 16
 
 
 class Killer:

@@ -11,7 +11,7 @@ import torch
 from delta_models import Tensors, formula, layered, load, nudged, save, write_pair
 from safetensors import safe_open
 
-from pipeline.delta import chunks, stream
+from pipeline.delta import chunks
 from pipeline.delta import subtract as module
 from pipeline.delta.arithmetic import Arithmetic
 from pipeline.delta.disk import PAGE, OutputFile
@@ -25,7 +25,6 @@ SHARD = 20_000
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the small models here are many chunks for several threads."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * PAGE)
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 2 * PAGE)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from zero_checkpoint import Checkpoint
 from pipeline.artifact import Artifact, write_json
 from pipeline.config import Forget
 from pipeline.context import Context
-from pipeline.delta import chunks, disk, stream
+from pipeline.delta import chunks, disk
 from pipeline.delta import stage as forget_stage
 from pipeline.delta.disk import PAGE
 from pipeline.delta.subtract import subtract
@@ -29,7 +29,6 @@ FROZEN = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that chunks end inside partitions, and partitions inside chunks, and both are read directly."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * PAGE)
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 2 * PAGE)
     monkeypatch.setattr(disk, "_SMALL_EXTENT_BYTES", 64)
     monkeypatch.setattr(disk, "_LARGE_FILE_BYTES", 0)
 
