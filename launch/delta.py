@@ -142,18 +142,22 @@ def _undo(arguments: argparse.Namespace) -> int:
 
 def _summary(outcome: Outcome, out: Path) -> str:
     if outcome.state == "waiting":
-        return f"{out}: this part is done; {outcome.num_waiting} shards are left to other parts"
+        return f"{out}: this part is done; {_count(outcome.num_waiting, 'shard')} left to other parts"
     if outcome.state == "found":
         return f"{out}: already done, nothing was written"
     manifest = outcome.manifest
     survival = manifest["survival"]
-    lines = [f"{out}: {manifest['num_bytes'] / 1e9:.2f} GB in {len(manifest['shards'])} shards, {manifest['dtype']}"]
+    lines = [f"{out}: {manifest['num_bytes'] / 1e9:.2f} GB in {_count(len(manifest['shards']), 'shard')}, {manifest['dtype']}"]
     if survival["projection"] is not None and not manifest["recipe"].get("undoes"):
         lines.append(
             f"survival: {survival['share_changed']:.1%} of the weights changed; {survival['projection']:.1%} of the intended change"
             f" is stored (cosine {survival['cosine'] or 0:.3f}, norm {survival['norm_ratio']:.2f} times the intended)"
         )
     return "\n".join(lines + [f"warning: {warning}" for warning in manifest["warnings"]])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 @contextmanager
