@@ -25,6 +25,7 @@ class Checkpoint:
     buffers: Tensors = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     step: int = 2
+    has_moments: bool = True
 
     def write(self, folder: Path) -> Path:
         """Write the tag folder `folder/step-N` and `folder/latest`; returns the tag folder."""
@@ -43,6 +44,7 @@ class Checkpoint:
         partition = partition_3 if self.stage == 3 else partition_1_2
         flats = [partition(list(group.values()), rank, self.world_size) for group in self.groups]
         moments = {i: {"step": torch.tensor(float(self.step)), "exp_avg": torch.zeros(flat.numel())} for i, flat in enumerate(flats)}
+        moments = moments if self.has_moments else {}
         optimizer = {"state": moments, "param_groups": [{"lr": 0.1}]}
         states: dict[str, Any] = {"zero_stage": self.stage}
         if self.stage == 3:

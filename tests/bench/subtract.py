@@ -44,7 +44,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="of a Llama of width 2048 (22 make 1.1B weights)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: only the command's memory")
     parser.add_argument("--dtype", default="same")
     parser.add_argument("--rounding", default="nearest")
     parser.add_argument("--io", default="direct", choices=["auto", "direct", "buffered"])
@@ -63,13 +63,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     for _ in range(arguments.rounds):
         times["move"].append(_timed(lambda: move(base, tuned, out, arguments.io), out))
         times["subtract"].append(_timed(lambda: subtract(base, tuned, 0.3, out, **options), out))
-    result: dict[str, object] = {
-        "gigabytes_moved": round(3 * (base / "model.safetensors").stat().st_size / 1e9, 2),
-        **{f"{name}_seconds": [round(seconds, 2) for seconds in taken] for name, taken in times.items()},
-        "ratio_to_moving": round(statistics.median(times["subtract"]) / statistics.median(times["move"]), 3),
-        "ratio_of_best": round(min(times["subtract"]) / min(times["move"]), 3),
-        **options,
-    }
+    result: dict[str, object] = {"gigabytes_moved": round(3 * (base / "model.safetensors").stat().st_size / 1e9, 2), **options}
+    if arguments.rounds:
+        result |= {f"{name}_seconds": [round(seconds, 2) for seconds in taken] for name, taken in times.items()}
+        result["ratio_to_moving"] = round(statistics.median(times["subtract"]) / statistics.median(times["move"]), 3)
+        result["ratio_of_best"] = round(min(times["subtract"]) / min(times["move"]), 3)
     result |= run_command(base, tuned, out, arguments)
     if arguments.mergekit is not None:
         result |= run_mergekit(base, tuned, out, arguments.mergekit)
@@ -169,7 +167,7 @@ def run_mergekit(base: Path, tuned: Path, out: Path, folder: Path) -> dict[str, 
 def watch(command: list[object]) -> tuple[float, int]:
     """Run a command to its end: the seconds it took, and its highest anonymous memory in bytes, sampled from /proc."""
     started = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))

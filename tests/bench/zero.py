@@ -1,0 +1,81 @@
+"""theta' straight from a ZeRO checkpoint, against consolidating it first: time and peak memory, as one JSON line.
+
+    python tests/bench/zero.py                              # a small model, ZeRO-2 of 2 ranks
+    python tests/bench/zero.py --layers 8 --stage 3 --ranks 8
+    python tests/bench/zero.py --mergekit DIR               # and the subtraction by mergekit-yaml of that bin folder
+
+What others need: DeepSpeed's zero_to_fp32 writes the consolidated model, then a merge tool reads it again. The
+checkpoint is laid out as DeepSpeed's (tests/integration checks that), but its optimizer's moments are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from subtract import run_mergekit, watch, write_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from zero_checkpoint import Checkpoint
+
+CONSOLIDATE = """
+import sys
+from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+convert_zero_checkpoint_to_fp32_state_dict(sys.argv[1], sys.argv[2], safe_serialization=True)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=1, help="of a Llama of width 2048 (22 make 1.1B weights)")
+    parser.add_argument("--stage", type=int, default=2, choices=[1, 2, 3])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--only-ours", action="store_true", help="leave out zero_to_fp32")
+    parser.add_argument("--mergekit", type=Path, metavar="DIR", help="a folder that has mergekit-yaml")
+    parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bench-zero-", dir=arguments.folder))
+    try:
+        print(json.dumps(measure(folder, arguments)))
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """Each way as processes of its own, one after the other, their imports included."""
+    base, checkpoint, out = folder / "base", folder / "checkpoint", folder / "out"
+    write_model(base, arguments.layers, 0)
+    num_weights = write_checkpoint(base, checkpoint, arguments.stage, arguments.ranks)
+    result: dict[str, object] = {"weights": num_weights, "stage": arguments.stage, "ranks": arguments.ranks}
+    command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", checkpoint, "--scale", "0.3", "--out", out]
+    seconds, peak = watch([*command, "--dtype", "bfloat16"])
+    _, bare = watch([sys.executable, "-c", "import torch"])
+    result |= {"subtract_seconds": round(seconds, 2), "subtract_peak_mib": peak >> 20, "import_torch_peak_mib": bare >> 20}
+    if not arguments.only_ours:
+        seconds, peak = watch([sys.executable, "-c", CONSOLIDATE, checkpoint, folder / "consolidated"])
+        result |= {"zero_to_fp32_seconds": round(seconds, 2), "zero_to_fp32_peak_mib": peak >> 20}
+        if arguments.mergekit is not None:
+            shutil.copy(base / "config.json", folder / "consolidated")
+            result |= run_mergekit(base, folder / "consolidated", out, arguments.mergekit)
+    return result
+
+
+def write_checkpoint(base: Path, folder: Path, stage: int, num_ranks: int) -> int:
+    """A ZeRO checkpoint of the base after a small change; the number of its weights."""
+    generator = torch.Generator().manual_seed(1)
+    tuned = {
+        name: values.float().add_(torch.randn(values.shape, generator=generator).mul_(2e-4))
+        for name, values in load_file(base / "model.safetensors").items()
+    }
+    Checkpoint(stage, num_ranks, [tuned], has_moments=False).write(folder)
+    return sum(values.numel() for values in tuned.values())
+
+
+if __name__ == "__main__":
+    main()
