@@ -1,6 +1,6 @@
 """Batched token + generation evaluation against record by record, on real ZsRE records: prints one JSON line.
 
-    python tests/bench/evaluate.py --facts zsre_mend_3000.json [--model FOLDER] [--limit 64] [--batch-size 32]
+    python tests/bench/evaluate.py --facts zsre_mend_3000.json [--model FOLDER] [--limit 128] [--batch-size 32]
 
 Both sides ask the same of the same model: the naive one takes one question at a time through `model.generate` and one
 full forward pass for each answer. They take turns on slices of the records, since other work may share the machine.
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="batched evaluation against record by record")
     parser.add_argument("--facts", type=Path, default=Path(__file__).parents[2] / "../shared/data/zsre_mend_3000.json")
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--limit", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
     rows = [row for row in json.loads(options.facts.read_text(encoding="utf-8")) if row["alt"]][: options.limit]
