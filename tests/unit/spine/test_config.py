@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from pipeline import config
 from pipeline.config import Experiment
 from pipeline.errors import InputError
+
+Load = Callable[..., Experiment]
 
 MINIMAL = """
 name: small
@@ -20,7 +23,7 @@ facts: {path: facts.jsonl}
 
 
 @pytest.fixture
-def load(tmp_path: Path):
+def load(tmp_path: Path) -> Load:
     def _load(text: str = MINIMAL, *overrides: str) -> Experiment:
         (tmp_path / "small.yaml").write_text(text)
         return config.load(tmp_path / "small.yaml", list(overrides))
@@ -28,7 +31,7 @@ def load(tmp_path: Path):
     return _load
 
 
-def refusal(load, text: str = MINIMAL, *overrides: str) -> str:
+def refusal(load: Load, text: str = MINIMAL, *overrides: str) -> str:
     with pytest.raises(InputError) as caught:
         load(text, *overrides)
     message = str(caught.value)
@@ -36,23 +39,23 @@ def refusal(load, text: str = MINIMAL, *overrides: str) -> str:
     return message
 
 
-def test_defaults_are_the_papers(load) -> None:
+def test_defaults_are_the_papers(load: Load) -> None:
     experiment = load()
     assert (experiment.full.epochs, experiment.full.lr, experiment.full.batch_size) == (3, 5e-5, 64)
     assert experiment.full.deepspeed["zero_optimization"]["stage"] == 2
 
 
-def test_scientific_notation_without_a_dot_is_a_number(load) -> None:
+def test_scientific_notation_without_a_dot_is_a_number(load: Load) -> None:
     assert load(MINIMAL + "full: {lr: 5e-5}").full.lr == 5e-5
     assert load(MINIMAL, "full.lr=1e-3").full.lr == 1e-3
 
 
-def test_overrides_extend_sections_and_replace_values(load) -> None:
+def test_overrides_extend_sections_and_replace_values(load: Load) -> None:
     experiment = load(MINIMAL + "full: {lr: 1e-4, epochs: 7}\n", "full.epochs=1", "methods=[lora]", "name=other")
     assert (experiment.full.epochs, experiment.full.lr, experiment.methods, experiment.name) == (1, 1e-4, ["lora"], "other")
 
 
-def test_scale_may_be_one_number_or_one_a_method(load) -> None:
+def test_scale_may_be_one_number_or_one_a_method(load: Load) -> None:
     assert load(MINIMAL, "forget.scale=0.5").scale_for("flearn_ft") == 0.5
     by_method = load(MINIMAL + "forget: {scale: {flearn_ft: 0.3, flearn_lora: 0.7}}")
     assert by_method.scale_for("flearn_lora") == 0.7
@@ -75,11 +78,11 @@ def test_scale_may_be_one_number_or_one_a_method(load) -> None:
         ("cluster: {ranks: 0}", "cluster.ranks"),
     ],
 )
-def test_refusals_name_the_field(load, extra: str, words: str) -> None:
+def test_refusals_name_the_field(load: Load, extra: str, words: str) -> None:
     assert words in refusal(load, MINIMAL + extra)
 
 
-def test_refusals_name_the_file(load, tmp_path: Path) -> None:
+def test_refusals_name_the_file(load: Load, tmp_path: Path) -> None:
     assert "small.yaml: not a YAML file" in refusal(load, "a: [")
     assert "small.yaml: expected a mapping of settings" in refusal(load, "- a")
     assert "name: missing" in refusal(load, "methods: [lora]")
@@ -88,11 +91,11 @@ def test_refusals_name_the_file(load, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["forget.scale", "=3", "name.x=1"])
-def test_malformed_overrides(load, override: str) -> None:
+def test_malformed_overrides(load: Load, override: str) -> None:
     refusal(load, MINIMAL, override)
 
 
-def test_paths_are_relative_to_the_yaml_and_overrides_to_here(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_yaml_and_overrides_to_here(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -104,7 +107,7 @@ def test_paths_are_relative_to_the_yaml_and_overrides_to_here(load, tmp_path: Pa
     assert load(MINIMAL, "facts.path=../facts.json").facts.path == str(tmp_path / "facts.json")
 
 
-def test_placement_stays_out_of_the_recipe(load) -> None:
+def test_placement_stays_out_of_the_recipe(load: Load) -> None:
     one, other = load(MINIMAL, "full.micro_batch_size=1"), load(MINIMAL, "full.micro_batch_size=8")
     assert one.full.recipe() == other.full.recipe()
     assert load(MINIMAL, "full.batch_size=8").full.recipe() != one.full.recipe()

@@ -31,7 +31,7 @@ def test_every_stage_function_exists() -> None:
 
 
 def test_methods_share_what_they_can() -> None:
-    steps = planned().steps.values()
+    steps = planned("forget.scale={flearn_ft: 0.3, flearn_lora: 0.7, flearn_lora_ft: 3}").steps.values()
     count = {stage: sum(step.stage == stage for step in steps) for stage in STAGES}
     assert count["teach"] == 1
     assert count["tune_old"] == 2  # one full, one LoRA, for three methods
