@@ -62,7 +62,8 @@ class Arithmetic:
         torch.mul(delta, self.formula.scale, out=result)
         torch.sub(base32, result, out=result)
         self._store(name, start, result, out)
-        return self._measure(base32, delta, base32.to(out.dtype) if out.dtype in _NARROW else base32, out)
+        needs_rounding = out.dtype in _NARROW and base.dtype != out.dtype
+        return self._measure(base32, delta, base32.to(out.dtype) if needs_rounding else base32, out)
 
     def keep(self, name: str, start: int, base: torch.Tensor, out: torch.Tensor) -> None:
         """Elements of a tensor that nothing is subtracted from: `base` to `out`, in `out`'s dtype."""

@@ -1,16 +1,19 @@
 """The stream: shards computed chunk by chunk on a few threads, so that reading, arithmetic and writing overlap.
 
 Each thread takes the next chunk, reads the base's and the tuned model's elements, computes, writes the chunk at its
-place, waits until the chunk before it is hashed, and hashes its own. A thread owns its buffers, so memory is bounded by
-the number of threads, and the memory limit decides that.
+place, waits until the chunk before it is hashed, and hashes its own. There are more threads than processors, to keep the
+disk busy, but only as many compute at a time: more would push each other's numbers out of the caches. A thread owns its
+buffers, so memory is bounded by the number of threads, and the memory limit decides that.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -78,7 +81,6 @@ class Stream:
     def __init__(self, plan: Plan, base: TensorSource, tuned: TensorSource, formula: Formula, memory_bytes: int, io: Io) -> None:
         """Raises InputError if `memory_bytes` is too little for one thread."""
         self._plan = plan
-        self._formula = formula
         self._base, self._tuned = SliceReader(base, io), SliceReader(tuned, io)
         self._adapter = tuned if isinstance(tuned, AdapterSource) else None
         self._base_room, self._tuned_room = _rooms(plan, tuned)
@@ -86,6 +88,9 @@ class Stream:
         self._num_threads = min(MAX_THREADS, memory_bytes // per_thread)
         if self._num_threads == 0:
             raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {(per_thread >> 20) + 1}MiB")
+        self._idle: SimpleQueue[Arithmetic] = SimpleQueue()
+        for _ in range(min(self._num_threads, len(os.sched_getaffinity(0)))):
+            self._idle.put(Arithmetic(formula))
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)
         self._open: list[Making] = []
@@ -139,10 +144,9 @@ class Stream:
     def _work(self, jobs: Iterator[tuple[Making, Chunk]], on_whole: Callable[[Shard, Receipt], None]) -> None:
         try:
             memory, base, tuned = page_memory(chunks.CHUNK_BYTES), page_memory(self._base_room), page_memory(self._tuned_room)
-            arithmetic = Arithmetic(self._formula)
             while (job := self._next(jobs)) is not None:
                 making, chunk = job
-                survivals = self._compute(chunk, memory, base, tuned, arithmetic)
+                survivals = self._compute(chunk, memory, base, tuned)
                 making.output.write_pages(memory, chunk.num_bytes, chunk.offset)
                 self._note(making, chunk, memory, survivals)
                 if chunk.is_last:
@@ -156,27 +160,35 @@ class Stream:
         with self._lock:
             return next(jobs, None) if self._failure is None else None
 
-    def _compute(
-        self, chunk: Chunk, memory: memoryview, base: memoryview, tuned: memoryview, arithmetic: Arithmetic
-    ) -> list[Survival | None]:
+    def _compute(self, chunk: Chunk, memory: memoryview, base: memoryview, tuned: memoryview) -> list[Survival | None]:
         memory[: len(chunk.header)] = chunk.header
-        return [self._compute_part(part, memory, base, tuned, arithmetic) for part in chunk.parts]
+        return [self._compute_part(part, memory, base, tuned) for part in chunk.parts]
 
-    def _compute_part(self, part: Part, memory: memoryview, base: memoryview, tuned: memoryview, arithmetic: Arithmetic) -> Survival | None:
+    def _compute_part(self, part: Part, memory: memoryview, base: memoryview, tuned: memoryview) -> Survival | None:
         """Fill the part's place in `memory`. `base` and `tuned` are room to read into."""
         item = self._plan.items[part.tensor.name]
         values = self._base.read(item.base.name, part.start, part.stop, base)
         out = torch.frombuffer(memory, dtype=getattr(torch, part.tensor.dtype), count=part.stop - part.start, offset=part.position)
         if item.other is None:
-            arithmetic.keep(item.info.name, part.start, values, out)
+            with self._arithmetic() as arithmetic:
+                arithmetic.keep(item.info.name, part.start, values, out)
             return None
-        if self._adapter is not None:
-            return arithmetic.subtract(
-                item.info.name, part.start, values, self._adapter.delta(item.other, part.start, part.stop), out, True
-            )
-        return arithmetic.subtract(
-            item.info.name, part.start, values, self._tuned.read(item.other, part.start, part.stop, tuned), out, False
-        )
+        if self._adapter is None:
+            other = self._tuned.read(item.other, part.start, part.stop, tuned)
+            with self._arithmetic() as arithmetic:
+                return arithmetic.subtract(item.info.name, part.start, values, other, out, False)
+        with self._arithmetic() as arithmetic:
+            delta = self._adapter.delta(item.other, part.start, part.stop)
+            return arithmetic.subtract(item.info.name, part.start, values, delta, out, True)
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[Arithmetic]:
+        """One of the few; waits for one to be idle."""
+        arithmetic = self._idle.get()
+        try:
+            yield arithmetic
+        finally:
+            self._idle.put(arithmetic)
 
     def _note(self, making: Making, chunk: Chunk, memory: memoryview, survivals: list[Survival | None]) -> None:
         with self._moved:
