@@ -113,7 +113,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from pipeline.delta.verify import verify
 
-    verdict = verify(arguments.out, memory=arguments.memory, io=arguments.io)
+    with _bar("verifying") as progress:
+        verdict = verify(arguments.out, memory=arguments.memory, io=arguments.io, progress=progress)
     for problem in verdict.problems:
         print(problem)
     for note in verdict.notes:
@@ -153,6 +154,7 @@ def _summary(outcome: Outcome, out: Path) -> str:
             f"survival: {survival['share_changed']:.1%} of the weights changed; {survival['projection']:.1%} of the intended change"
             f" is stored (cosine {survival['cosine'] or 0:.3f}, norm {survival['norm_ratio']:.2f} times the intended)"
         )
+    lines += [f"note: {note}" for note in manifest["notes"]]
     return "\n".join(lines + [f"warning: {warning}" for warning in manifest["warnings"]])
 
 

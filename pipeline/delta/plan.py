@@ -87,7 +87,7 @@ def match(base: TensorSource, tuned: TensorSource) -> tuple[dict[str, str | None
     extra, notes = _extra(base, tuned)
     _raise(unusable + problems + extra)
     _raise(_broken_ties(base, tuned))
-    return names, notes
+    return names, notes + _narrow(tuned, names.values())
 
 
 def _other_name(base: TensorSource, tuned: TensorSource, info: TensorInfo) -> str | None:
@@ -154,6 +154,12 @@ def _tied_to(source: TensorSource, info: TensorInfo) -> str | None:
         return None
     candidates = [other.name for other in source.tensors.values() if _INPUT_EMBEDDING.search(other.name) and other.shape == info.shape]
     return next((name for name in candidates if _are_equal(source, name, info.name)), None)
+
+
+def _narrow(tuned: TensorSource, names: Iterable[str | None]) -> list[str]:
+    """Masters are float32; a tuned model that was saved in 16 bits has lost what is smaller than their steps."""
+    narrow = {tuned.tensors[name].dtype for name in names if name} & {"bfloat16", "float16"}
+    return [f"the tuned model is stored in {dtype}: changes smaller than its steps were lost when it was saved" for dtype in sorted(narrow)]
 
 
 def _broken_ties(base: TensorSource, tuned: TensorSource) -> Iterator[str]:

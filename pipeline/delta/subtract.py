@@ -86,6 +86,9 @@ def subtract(
     """
     if not math.isfinite(scale):
         raise InputError(f"scale {scale}: must be a finite number")
+    for source in (base, tuned):
+        if out.resolve().is_relative_to(source.resolve()):
+            raise InputError(f"{out}: lies in {source}, which is read; give another --out")
     if not 1 <= part[0] <= part[1]:
         raise InputError(f"part {part[0]}/{part[1]}: must be I/N with I from 1 to N")
     formula = Formula(scale, rounding, seed)

@@ -123,6 +123,11 @@ def test_a_head_that_training_untied_is_refused(tmp_path: Path) -> None:
         plan(tmp_path, base, nudged(layered(0), 1))
 
 
+def test_a_tuned_model_in_16_bits_is_noted(tmp_path: Path) -> None:
+    made = plan(tmp_path, layered(0), nudged(layered(0), 1, dtype=torch.bfloat16))
+    assert made.notes == ["the tuned model is stored in bfloat16: changes smaller than its steps were lost when it was saved"]
+
+
 def test_shards_hold_no_more_than_asked(tmp_path: Path) -> None:
     made = plan(tmp_path, layered(0), nudged(layered(0), 1), max_shard_bytes=20_000)
     assert len(made.shards) > 2

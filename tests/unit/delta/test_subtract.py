@@ -267,14 +267,17 @@ def test_what_belongs_to_the_base_comes_along(tmp_path: Path) -> None:
         ({"part": (0, 3)}, "part 0/3"),
         ({"part": (4, 3)}, "part 4/3"),
         ({"scale": float("nan")}, "scale nan"),
+        ({"inside": "base"}, "lies in .*base, which is read"),
+        ({"inside": "tuned/checkpoints"}, "lies in .*tuned, which is read"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     base, tuned = write_pair(tmp_path)
-    arguments: dict[str, Any] = {"scale": 0.3, "out": tmp_path / "out"} | options
+    out = tmp_path / options.pop("inside", ".") / "out"
+    arguments: dict[str, Any] = {"scale": 0.3, "out": out} | options
     with pytest.raises(InputError, match=said):
         subtract(base, tuned, **arguments)
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def test_a_full_disk_is_met_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
