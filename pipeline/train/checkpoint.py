@@ -6,9 +6,12 @@ A new checkpoint never overwrites an old one; the old one goes when the new one 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +53,12 @@ class Checkpoints:
         return [saved for folder in self.folder.glob("step-*") if (saved := _read(folder)) is not None]
 
     def save(self, engine: Any, step: int, without_frozen: bool) -> Saved:
-        """Save the engine's state after `step` steps. Raises OSError or RuntimeError if the disk is full."""
+        """Save the engine's state after `step` steps. Raises OSError (ENOSPC) if the disk is full."""
         tag = f"step-{step:08d}"
         folder = self.folder / tag
         assert not folder.exists(), folder
-        done = engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False, exclude_frozen_parameters=without_frozen)
+        with _full_disk_named(folder):
+            done = engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False, exclude_frozen_parameters=without_frozen)
         if not done:
             raise RuntimeError(f"{folder}: DeepSpeed did not save the checkpoint")
         _sync(folder)  # on every rank: each one's own files
@@ -93,6 +97,17 @@ class Checkpoints:
             if kept is None or folder != kept.folder:
                 (folder / _MANIFEST).unlink(missing_ok=True)  # first: half of a checkpoint must not pass for a whole one
                 shutil.rmtree(folder)
+
+
+@contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """torch reports a full disk (or quota) as a RuntimeError about positions in its zip file: say what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def _read(folder: Path) -> Saved | None:

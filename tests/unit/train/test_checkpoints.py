@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.context import Context
-from pipeline.errors import InputError
+from pipeline.errors import InputError, full_disk_message
 from pipeline.train.checkpoint import Checkpoints
 
 
@@ -62,6 +63,17 @@ def test_a_failed_save_leaves_the_old_one_and_is_removed_by_the_next_run(checkpo
     latest = checkpoints.latest()
     assert latest is not None and latest.step == 2
     assert names(checkpoints) == ["step-00000002"]
+
+
+def test_a_full_disk_is_called_that(checkpoints: Checkpoints) -> None:
+    class Full(Engine):
+        def save_checkpoint(self, folder: str, tag: str, **_: Any) -> bool:
+            torch.save({"weights": torch.zeros(1 << 20)}, "/dev/full")
+            return True
+
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        checkpoints.save(Full(), 2, without_frozen=False)
+    assert full_disk_message(raised.value)
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,35 @@ import pytest
 from pipeline.artifact import Artifact, write_json
 from pipeline.config import LoraTraining, Prompt, Teach, Training
 from pipeline.context import Context
+from pipeline.errors import InputError
 from pipeline.facts.fact import Fact, write_facts
+from pipeline.train import stage
 from pipeline.train.job import Job, plan_job
 
 FACTS = [Fact(str(i), f"What is number {i}?", "x", [f"old {i}"], f"new {i}") for i in range(7)]
 
 
 @pytest.fixture
-def plan(tiny_model: Any, tmp_path: Path) -> Any:
+def arguments(tiny_model: Any, tmp_path: Path) -> Any:
     def artifact(name: str, stage: str, **facts: Any) -> Artifact:
         write_json(tmp_path / name / "manifest.json", {"stage": stage, "inputs": {}, "facts": facts})
         return Artifact(tmp_path / name)
 
-    def make(training: Training, target: str = "new", stage: str = "model") -> Job:
+    def make(training: Training, target: str = "new", made_by: str = "model") -> tuple[dict[str, Any], dict[str, Artifact]]:
         facts = artifact("facts", "facts")
         write_facts(facts.folder / "facts.jsonl", FACTS)
-        model = artifact(stage, stage, model=str(tiny_model("llama")), model_kind="folder")
+        model = artifact(made_by, made_by, model=str(tiny_model("llama")), model_kind="folder")
         section = {"training": training.model_dump(mode="json"), "prompt": Prompt().model_dump(mode="json"), "target": target, "seed": 3}
-        return plan_job(section, {"model": model, "facts": facts}, Context())
+        return section, {"model": model, "facts": facts}
+
+    return make
+
+
+@pytest.fixture
+def plan(arguments: Any) -> Any:
+    def make(*args: Any, **settings: Any) -> Job:
+        section, inputs = arguments(*args, **settings)
+        return plan_job(section, inputs, Context())
 
     return make
 
@@ -58,7 +70,18 @@ def test_disk_is_two_checkpoints_only_where_there_are_several(plan: Any) -> None
     assert plan(Training(precision="fp32"), "old").disk_bytes(0) == once.num_parameters * 16
 
 
+def test_too_little_disk_is_said_before_anything_is_done(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    out = tmp_path / "out"
+    out.mkdir()
+    section, inputs = arguments(Training())
+    with pytest.raises(InputError, match=r"checkpoints and result need .* GB, 0\.00 GB are free"):
+        stage.run(section, inputs, out, Context())
+    assert not any(out.iterdir())
+
+
 def test_lora_in_bf16_on_a_forgotten_model_warns(plan: Any) -> None:
-    assert any("rounded to bf16" in text for text in plan(LoraTraining(), stage="forget").warnings)
-    assert not plan(LoraTraining(precision="fp32"), stage="forget").warnings
-    assert not plan(Training(), stage="forget").warnings
+    assert any("rounded to bf16" in text for text in plan(LoraTraining(), made_by="forget").warnings)
+    assert not plan(LoraTraining(precision="fp32"), made_by="forget").warnings
+    assert not plan(Training(), made_by="forget").warnings
