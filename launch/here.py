@@ -67,13 +67,18 @@ def _start(plan: Path, rank: int, ranks: int, port: int, lock: int) -> subproces
         "MASTER_PORT": str(port),
     }
     command = [sys.executable, "-m", "launch.worker", str(plan)]
-    if rank == 0:
-        return subprocess.Popen(command, env=environment, pass_fds=[lock], preexec_fn=_die_with_parent, stdin=subprocess.DEVNULL)
     log = log_of_rank(plan.parent, rank)
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as output:
         return subprocess.Popen(
-            command, env=environment, pass_fds=[lock], preexec_fn=_die_with_parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            command,
+            env=environment,
+            pass_fds=[lock],
+            preexec_fn=_die_with_parent,
+            start_new_session=True,  # a Ctrl-C reaches the launcher alone, which passes it on once
+            stdin=subprocess.DEVNULL,
+            stdout=None if rank == 0 else output,
+            stderr=None if rank == 0 else output,
         )
 
 

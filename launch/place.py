@@ -24,32 +24,30 @@ SHAPES: dict[str, Shape] = {
 
 
 def parameters(stage: str, cluster: Cluster, site: Site) -> dict[str, Any]:
-    """submitit parameters (SLURM) for a job of `stage`."""
+    """Parameters of submitit's SlurmExecutor for a job of `stage`."""
     shape = SHAPES[stage]
     nodes, tasks = _layout(cluster) if shape == "ranks" else (1, 1)
     wants_gpu = shape in ("ranks", "gpu") and site.gpus is not None
     found: dict[str, Any] = {
         "nodes": nodes,
-        "tasks_per_node": tasks,
+        "ntasks_per_node": tasks,
         "cpus_per_task": site.cpus_per_rank,
-        "timeout_min": site.minutes,
-        "slurm_signal_delay_s": site.warning_seconds,
-        "slurm_partition": site.partition if shape in ("ranks", "gpu") else site.cpu_partition or site.partition,
-        "slurm_account": site.account,
-        "slurm_qos": site.qos,
-        "slurm_mem": _memory(site, tasks),
-        "slurm_setup": site.setup or None,
+        "time": site.minutes,
+        "signal_delay_s": site.warning_seconds,
+        "partition": site.partition if shape in ("ranks", "gpu") else site.cpu_partition or site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "mem": _memory(site, tasks),
+        "setup": site.setup or None,
         # srun of 22.05 and later does not take over the job's --cpus-per-task; a dead rank must end the others.
-        "slurm_srun_args": [f"--cpus-per-task={site.cpus_per_rank}", "--kill-on-bad-exit=1", *site.srun_args],
-        "slurm_additional_parameters": {"requeue": True, **site.sbatch, **(_gpus(site, tasks) if wants_gpu else {})},
+        "srun_args": [f"--cpus-per-task={site.cpus_per_rank}", "--kill-on-bad-exit=1", *site.srun_args],
+        "additional_parameters": {"requeue": True, **site.sbatch, **(_gpus(site, tasks) if wants_gpu else {})},
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _layout(cluster: Cluster) -> tuple[int, int]:
     """Nodes, and tasks on each."""
-    if cluster.ranks % cluster.nodes:
-        raise InputError(f"cluster.ranks={cluster.ranks} cannot be spread evenly over cluster.nodes={cluster.nodes}")
     return cluster.nodes, cluster.ranks // cluster.nodes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -50,12 +51,18 @@ def _show_scripts(experiment: Experiment, plan: Plan) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    from launch import report
     from launch.submit import submit
 
     submitted = submit(arguments.config, arguments.overrides, arguments.on)
-    for step, job in submitted.jobs.items():
-        print(f"  job {job:<10} {step}")
-    print(f"{submitted.run_dir}: {len(submitted.jobs)} jobs; see how far they are with: flearn status {submitted.run_dir}")
+    if arguments.on == "local":
+        report.show(read_plan(submitted.run_dir))
+    elif not submitted.jobs:
+        print(f"{submitted.run_dir}: all steps are done; nothing to submit")
+    else:
+        for step, job in submitted.jobs.items():
+            print(f"  job {job:<10} {step}")
+        print(f"{submitted.run_dir}: {len(submitted.jobs)} jobs; see how far they are with: flearn status {submitted.run_dir}")
     return 0
 
 
@@ -107,10 +114,24 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _lock(descriptor: int, seconds: float) -> bool:
+    """Whether the lock became free in time. Processes of a killed run, and `flearn status`, may hold it for a moment yet."""
+    deadline = time.monotonic() + max(1.0, seconds)
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+
+
 @contextmanager
-def exclusive(run_dir: Path) -> Iterator[int]:
+def exclusive(run_dir: Path, seconds: float = 0) -> Iterator[int]:
     """Hold the run's lock; yields its descriptor, which child processes inherit and so keep for as long as one lives.
 
+    The lock's file says who holds it: host and process id. Others are given `seconds` to finish.
     Raises InputError if another run is at work in the same folder.
     """
     try:
@@ -118,11 +139,11 @@ def exclusive(run_dir: Path) -> Iterator[int]:
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write in {run_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _lock(descriptor, seconds):
         os.close(descriptor)
-        raise InputError(f"{run_dir}: another run is at work here; wait for it, or use --set name=...") from None
+        raise InputError(f"{run_dir}: another run is at work here; wait for it, or use --set name=...")
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.uname().nodename} {os.getpid()}\n".encode(), 0)
     try:
         yield descriptor
     finally:

@@ -72,7 +72,7 @@ def _state(plan: Plan, step: Step, alive: bool) -> dict[str, Any]:
 def _is_alive(run_dir: Path) -> bool:
     """Whether processes of this run are at work: they hold its lock."""
     try:
-        descriptor = os.open(run_dir / ".lock", os.O_RDWR)
+        descriptor = os.open(run_dir / ".lock", os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.errors import InputError
-from pipeline.settings import PLACEMENT, Section, check, merge, parse_overrides, read_yaml
+from pipeline.settings import PLACEMENT, Section, Whole, check, merge, parse_overrides, read_yaml
 
 Method = Literal["full_ft", "lora", "flearn_ft", "flearn_lora", "flearn_lora_ft"]
 Protocol = Literal["token", "probability", "generation"]
@@ -95,6 +95,30 @@ class Training(Section):
     checkpoint_every_steps: int = Field(200, gt=0, json_schema_extra=PLACEMENT)
     """Optimizer steps between two checkpoints to resume from."""
 
+    def recipe(self) -> dict[str, Any]:
+        """As for any section; of the DeepSpeed config, what decides the result."""
+        recipe = super().recipe()
+        config = {key: value for key, value in self.deepspeed.items() if key not in _DEEPSPEED_PLACEMENT}
+        zero = config.get("zero_optimization", {})
+        kept = {key: value for key, value in zero.items() if key not in _ZERO_PLACEMENT}
+        return recipe | {"deepspeed": config | {"zero_optimization": kept}}
+
+
+# Settings of DeepSpeed that say how to run, or what to print, and nothing of what comes out.
+_DEEPSPEED_PLACEMENT = {"tensorboard", "wandb", "csv_monitor", "comet", "steps_per_print", "wall_clock_breakdown", "memory_breakdown"}
+_ZERO_PLACEMENT = {
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+}
+
 
 class Teach(Training):
     """Makes the *original* model: fine-tuning on the old facts, so that there is something to forget (paper, section 4)."""
@@ -118,6 +142,15 @@ class Forget(Section):
 
     scale: float | dict[Method, float] = 0.3
     """The paper's lambda: one number, or one per method."""
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _number_or_numbers(cls, scale: Any) -> Any:
+        values = scale.values() if isinstance(scale, dict) else [scale]
+        if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+            raise ValueError("expected a number, or one for each F-Learning method")
+        return scale
+
     dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     max_shard_size: str = Field("2GB", json_schema_extra=PLACEMENT)
@@ -147,6 +180,12 @@ class Cluster(Section):
     runs_dir: str = "runs"
     """Folder that holds every run's folder; relative to where you are."""
 
+    @model_validator(mode="after")
+    def _evenly(self) -> Cluster:
+        if self.ranks % self.nodes:
+            raise ValueError(f"{self.ranks} ranks cannot be spread evenly over {self.nodes} nodes")
+        return self
+
 
 class Experiment(Section):
     """One experiment: a base model, facts, and the methods to compare on them."""
@@ -154,6 +193,7 @@ class Experiment(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = 0
     methods: list[Method] = Field(min_length=1)
+    """Which methods to compare; each once."""
     model: Model
     facts: Facts
     prompt: Prompt = Prompt()
@@ -166,10 +206,17 @@ class Experiment(Section):
     evaluate: Evaluate = Evaluate()
     cluster: Cluster = Cluster()
 
+    @field_validator("methods")
+    @classmethod
+    def _each_once(cls, methods: list[Method]) -> list[Method]:
+        if len(set(methods)) < len(methods):
+            raise ValueError("each method may be named once")
+        return methods
+
     @property
     def run_dir(self) -> Path:
         """The folder that holds everything this experiment makes."""
-        return Path(self.cluster.runs_dir).absolute() / self.name
+        return Path(self.cluster.runs_dir).expanduser().absolute() / self.name
 
     def scale_for(self, method: str) -> float:
         """The paper's lambda for `method`."""
@@ -198,7 +245,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     for name in ("teach", "full", "lora"):
         section = values.get(name)
         if isinstance(section, dict) and isinstance(section.get("deepspeed"), str):
-            section["deepspeed"] = _read_deepspeed(folder / section["deepspeed"], f"{name}.deepspeed")
+            section["deepspeed"] = Whole(_read_deepspeed(folder / section["deepspeed"], f"{name}.deepspeed"))
     facts = values.get("facts")
     if isinstance(facts, dict) and isinstance(facts.get("path"), (str, list)):
         path = facts["path"]

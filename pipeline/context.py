@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,16 +20,6 @@ log = logging.getLogger("flearn")
 
 class Preempted(Exception):
     """The run was asked to stop; what was done so far is saved, and the same command goes on from there."""
-
-
-class Stop(IntEnum):
-    """What the ranks were asked. Where they were asked different things, the greater counts."""
-
-    NO = 0
-    STAY_DOWN = 1
-    """SIGTERM or SIGINT: stop; whoever sent it knows whether to start again."""
-    COME_BACK = 2
-    """SIGUSR2, a scheduler's warning before the end of the allotted time: save, and ask for another turn."""
 
 
 @dataclass
@@ -45,8 +34,8 @@ class Context:
     part: tuple[int, int] | None = None
     """(index, number of parts): which share of the work is this process's, where several share one artifact without talking
     to each other; None: all of it."""
-    stop: Stop = field(default=Stop.NO, init=False)
-    """What this rank was asked; after `should_stop`, what all ranks together were asked."""
+    stop: bool = field(default=False, init=False)
+    """Whether this rank was asked to stop; after `should_stop`, whether any rank was."""
 
     @property
     def is_main(self) -> bool:
@@ -60,19 +49,20 @@ class Context:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop = max(self.stop, Stop.COME_BACK if number == signal.SIGUSR2 else Stop.STAY_DOWN)
+        self.stop = True
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop. Collective: every rank calls it at the same point and gets the same answer."""
         if self.group is None:
-            return self.stop is not Stop.NO
+            return self.stop
         import torch
         import torch.distributed as dist
 
         asked = torch.tensor([int(self.stop)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
-        self.stop = Stop(int(asked.item()))
-        return self.stop is not Stop.NO
+        agreed = bool(asked.item())
+        self.stop = self.stop or agreed  # a signal may have come in the meantime: it counts from the next time on
+        return agreed
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -80,6 +70,17 @@ class Context:
             import torch.distributed as dist
 
             dist.barrier(group=self.group)
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values. Collective."""
+        if self.group is None:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        largest = torch.tensor([value])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return int(largest.item())
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value` (picklable), on every rank."""
@@ -127,8 +128,21 @@ def peak_memory_bytes() -> int:
     raise AssertionError("/proc/self/status has no VmHWM")
 
 
-def reset_peak_memory() -> None:
-    """Start measuring the peak anew, so that each stage in a process has its own figure (Linux: clear_refs 5)."""
+def peak_gpu_memory_bytes(device: str) -> int | None:
+    """The most memory that torch held on this rank's GPU so far, in bytes; None on a CPU."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
+
+
+def reset_peak_memory(device: str) -> None:
+    """Start measuring both peaks anew, so that each stage in a process has its own figures (Linux: clear_refs 5)."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from pipeline.artifact import Artifact
-from pipeline.context import Context, log, peak_memory_bytes, reset_peak_memory
+from pipeline.artifact import Artifact, write_json
+from pipeline.context import Context, log, peak_gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
 from pipeline.stages import STAGES, Plan, Step
+
+ATTEMPTS = "attempts.json"
 
 StageFunction = Callable[[dict[str, Any], dict[str, Artifact], Any, Context], "dict[str, Any] | None"]
 """A stage returns its facts; or None, if it shares its work with other processes (`Context.part`) that are not done yet."""
@@ -30,17 +35,45 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
     for source in inputs.values():
         source.manifest  # noqa: B018 - raises where an input is not complete, whatever the scheduler believed
     output.folder.mkdir(parents=True, exist_ok=True)
-    reset_peak_memory()
-    started = time.time()
-    facts = _call(step, inputs, output, context)
+    reset_peak_memory(context.device)
+    with _attempt(output, context) as attempt:
+        facts = _call(step, inputs, output, context)
+    peaks = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": peak_gpu_memory_bytes(context.device)}
+    peaks = {name: value and context.largest(value) for name, value in peaks.items()}
     if context.is_main and facts is None:
         log.info("%s: part %s is done; others are not yet", step.id, context.part)
     elif context.is_main:
         assert facts is not None
-        seconds = time.time() - started
-        output.commit(_manifest(step, facts, seconds, context))
-        log.info("%s: done in %.1f s", step.id, seconds)
+        output.commit(_manifest(step, facts, context) | asdict(attempt) | peaks)
+        (output.folder / ATTEMPTS).unlink(missing_ok=True)
+        log.info("%s: done in %.1f s", step.id, attempt.seconds)
     context.barrier()
+
+
+@dataclass
+class Attempt:
+    """Seconds spent on a step so far, over all attempts at it that did not die without a word."""
+
+    num_attempts: int
+    seconds: float
+
+
+@contextmanager
+def _attempt(output: Artifact, context: Context) -> Iterator[Attempt]:
+    """Count this attempt, and the time it takes, with those before it (a preempted fine-tuning takes several)."""
+    path = output.folder / ATTEMPTS
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"num_attempts": 0, "seconds": 0.0}
+    attempt = Attempt(before["num_attempts"] + 1, before["seconds"])
+    started = time.time()
+    if context.is_main:
+        write_json(path, asdict(attempt))
+    try:
+        yield attempt
+    finally:
+        attempt.seconds = round(before["seconds"] + time.time() - started, 3)
+        if context.is_main:
+            with suppress(OSError):  # a full disk must not hide the error that it caused
+                write_json(path, asdict(attempt))
 
 
 def _call(step: Step, inputs: dict[str, Artifact], output: Artifact, context: Context) -> dict[str, Any] | None:
@@ -52,16 +85,13 @@ def _call(step: Step, inputs: dict[str, Artifact], output: Artifact, context: Co
     return function(step.section, inputs, output.folder, context)
 
 
-def _manifest(step: Step, facts: dict[str, Any], seconds: float, context: Context) -> dict[str, Any]:
+def _manifest(step: Step, facts: dict[str, Any], context: Context) -> dict[str, Any]:
     return {
         "stage": step.stage,
         "version": STAGES[step.stage].version,
         "section": step.section,
         "inputs": {role: source.id for role, source in step.inputs.items()},
-        "methods": step.methods,
         "facts": facts,
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "num_ranks": context.world_size,
         "device": context.device,

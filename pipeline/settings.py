@@ -99,10 +99,14 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+class Whole(dict[str, Any]):
+    """A mapping that an override gives as a whole (the content of a file), to replace what was there."""
+
+
 def merge(values: dict[str, Any], changed: dict[str, Any]) -> None:
-    """Overrides replace single values and extend sections; a DeepSpeed config or a list is replaced as a whole."""
+    """Overrides replace single values and extend sections; a list, or what a file holds (`Whole`), replaces what was there."""
     for key, value in changed.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
+        if isinstance(value, dict) and not isinstance(value, Whole) and isinstance(values.get(key), dict):
             merge(values[key], value)
         else:
             values[key] = value

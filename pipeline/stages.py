@@ -14,10 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline import artifact
 from pipeline.artifact import Artifact
-from pipeline.config import Experiment
+from pipeline.config import Experiment, Training
 from pipeline.errors import InputError
 from pipeline.models.packaged import resolve
 from pipeline.settings import Section
+from pipeline.train.batches import Shape
+from pipeline.train.deepspeed_config import make_ready
 
 
 class Stage(NamedTuple):
@@ -131,7 +133,9 @@ class Plan:
 
 
 def plan(experiment: Experiment) -> Plan:
-    """All steps of `experiment`. Raises InputError for a missing facts file or model folder."""
+    """All steps of `experiment`. Raises InputError for a missing facts file or model folder, or a DeepSpeed config that no
+    fine-tuning could use: better now than after the hours of the fine-tuning before it."""
+    _check_deepspeed(experiment)
     result = Plan(experiment.run_dir)
     facts = _add_facts(result, experiment)
     original = _add_original(result, experiment, facts)
@@ -139,6 +143,18 @@ def plan(experiment: Experiment) -> Plan:
     states = [_add_method(result, experiment, method, facts, original, evaluations["original"]) for method in experiment.methods]
     _add_report(result, experiment, facts, evaluations["original"], states)
     return result
+
+
+def _check_deepspeed(experiment: Experiment) -> None:
+    kinds = {kind for method in experiment.methods for kind in METHODS[method] if kind is not None}
+    sections: dict[str, Training | None] = {"teach": experiment.teach, **{kind: getattr(experiment, kind) for kind in sorted(kinds)}}
+    for name, training in sections.items():
+        if training is None:
+            continue
+        try:
+            make_ready(training, Shape.of(training.batch_size, training.micro_batch_size, experiment.cluster.ranks), hidden_size=1)
+        except InputError as error:
+            raise InputError(f"{name}.{error}") from None
 
 
 def _add_facts(plan: Plan, experiment: Experiment) -> Step:

@@ -19,7 +19,7 @@ def training_seconds(stages: list[Json], method: str) -> float:
 
 
 def step_label(step: Json) -> str:
-    """`learn: F-Learning_FT`, `evaluate: forgotten, LoRA`, `teach`; of a row of `stages`, or of a manifest."""
+    """`learn: F-Learning_FT`, `evaluate: forgotten, LoRA`, `teach`; of a row of `stages`."""
     stage: str = step["stage"]
     name = STAGE_LABELS.get(stage, stage)
     details = [STATES[step["state"]]] if step.get("state") else []

@@ -44,12 +44,12 @@ def find(results: Json) -> list[str]:
     ]
 
 
-def from_stages(inputs: dict[str, Artifact]) -> list[str]:
-    """The warnings that the steps themselves gave, each once, with the steps that gave it."""
+def from_stages(stages: list[Json], inputs: dict[str, Artifact]) -> list[str]:
+    """The warnings that the steps themselves gave, each once, with the steps that gave it (rows of `stages`)."""
     sources: dict[str, list[str]] = {}
-    for source in inputs.values():
-        for text in source.facts.get("warnings", []):
-            sources.setdefault(text, []).append(step_label(source.manifest))
+    for row in stages:
+        for text in inputs[row["id"]].facts.get("warnings", []):
+            sources.setdefault(text, []).append(step_label(row))
     return [f"{_named(labels)}: {text}" for text, labels in sources.items()]
 
 

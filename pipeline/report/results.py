@@ -7,6 +7,7 @@ null where there is none. The original model's rows are repeated for every metho
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -32,6 +33,7 @@ def build(methods: list[Json], name: str, seed: int, inputs: dict[str, Artifact]
     sampled = samples.choose(next(iter(evaluations.values()))["original"]["num_records"])
     records = {step: read(inputs[step], sampled) for m in methods for step in m["evaluations"].values()}
     forgets = {m["method"]: inputs[m["forget"]].facts for m in methods if m["forget"] is not None}
+    users = _users(methods, inputs)
     results: Json = {
         "name": name,
         "seed": seed,
@@ -42,14 +44,14 @@ def build(methods: list[Json], name: str, seed: int, inputs: dict[str, Artifact]
         "known": _known(evaluations),
         "survival": {method: facts["survival"] for method, facts in forgets.items()},
         "layers": {method: _layers(facts["layers"]) for method, facts in forgets.items()},
-        "stages": _stages(inputs, methods),
+        "stages": _stages(inputs, methods, users),
         "data": _data(inputs),
         "samples": samples.show(sampled, methods, records),
-        "settings": _settings(inputs),
+        "settings": _settings(inputs, users),
         "versions": _versions(),
         "finished": max((source.manifest["finished"] for source in inputs.values()), default=None),
     }
-    results["warnings"] = findings.find(results) + findings.from_stages(inputs)
+    results["warnings"] = findings.find(results) + findings.from_stages(results["stages"], inputs)
     return _without_nan(results)
 
 
@@ -112,12 +114,31 @@ def _layers(rows: list[Json]) -> list[Json]:
     ]
 
 
-def _stages(inputs: dict[str, Artifact], methods: list[Json]) -> list[Json]:
+def _users(methods: list[Json], inputs: dict[str, Artifact]) -> dict[str, list[str]]:
+    """By step id, the methods that need the step; none for what only makes and scores the original model, which all share."""
+    shared = _ancestors([m["evaluations"]["original"] for m in methods], inputs)
+    needed = {m["method"]: _ancestors(m["evaluations"].values(), inputs) - shared for m in methods}
+    return {step: [method for method, steps in needed.items() if step in steps] for step in inputs}
+
+
+def _ancestors(steps: Iterable[str], inputs: dict[str, Artifact]) -> set[str]:
+    """`steps`, and all that they were made from."""
+    found: set[str] = set()
+    waiting = list(steps)
+    while waiting:
+        step = waiting.pop()
+        if step not in found:
+            found.add(step)
+            waiting += inputs[step].manifest["inputs"].values()
+    return found
+
+
+def _stages(inputs: dict[str, Artifact], methods: list[Json], users: dict[str, list[str]]) -> list[Json]:
     """What each step cost. `state` says which state of the model an evaluation looked at."""
     states = {step: state for m in methods for state, step in m["evaluations"].items()}
     return [
-        {"id": step, "stage": source.manifest["stage"], "methods": source.manifest["methods"], "state": states.get(step)}
-        | {key: source.manifest[key] for key in ("seconds", "peak_memory_bytes", "num_ranks", "device")}
+        {"id": step, "stage": source.manifest["stage"], "methods": users[step], "state": states.get(step)}
+        | {key: source.manifest[key] for key in ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "num_ranks", "device")}
         for step, source in inputs.items()
     ]
 
@@ -128,11 +149,11 @@ def _data(inputs: dict[str, Artifact]) -> Json:
     return {key: facts[key] for key in ("format", "num_read", "num_facts", "dropped")}
 
 
-def _settings(inputs: dict[str, Artifact]) -> list[Json]:
+def _settings(inputs: dict[str, Artifact], users: dict[str, list[str]]) -> list[Json]:
     """Every step's own settings; steps of the same stage and settings share an entry."""
     entries: list[Json] = []
-    for source in inputs.values():
-        stage, section, methods = (source.manifest[key] for key in ("stage", "section", "methods"))
+    for step, source in inputs.items():
+        stage, section, methods = source.manifest["stage"], source.manifest["section"], users[step]
         entry = next((e for e in entries if e["stage"] == stage and e["section"] == section), None)
         if entry is None:
             entries.append({"stage": stage, "methods": list(methods), "section": section})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
     """`model` with all its weights frozen and an adapter added, in the weights' own dtype."""
     from peft import get_peft_model
 
-    return get_peft_model(model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():  # peft 0.21 asks transformers for what that calls by another name
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=False)
 
 
 class InitialAdapter:

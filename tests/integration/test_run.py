@@ -124,7 +124,7 @@ def test_killed_in_each_stage_it_ends_with_the_same_figures(
     finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     run_dir = tmp_path / "quickstart"
-    for stage in ("model", "teach", "evaluate", "tune_old", "learn", "report"):
+    for stage in ("facts", "model", "teach", "evaluate", "tune_old", "forget", "learn", "report"):
         process = start(tmp_path)
         wait_for(lambda stage=stage: any(run_dir.glob(f"{stage}-*/rank0.log")), process, stage)  # type: ignore[misc]
         if stage in ("teach", "tune_old", "learn"):  # in the middle of the training, with a checkpoint to go on from
@@ -137,13 +137,16 @@ def test_killed_in_each_stage_it_ends_with_the_same_figures(
     assert figures(run_dir) == figures(finished)
 
 
-def test_asked_to_stop_it_saves_and_goes_on(finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_goes_on(
+    number: signal.Signals, finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
     run_dir = tmp_path / "quickstart"
     process = start(tmp_path)
     wait_for(lambda: any(run_dir.glob("teach-*/steps.jsonl")), process, "the first step")
-    os.kill(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)  # as a terminal does: to every process of the group
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    assert process.returncode == 128 + number, output
     assert "the same command goes on from there" in output
     assert any(run_dir.glob("teach-*/checkpoints/*"))
     done = flearn(tmp_path)

@@ -78,7 +78,7 @@ def test_stages_say_what_each_step_cost(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=5)
     stages = build(section["methods"], section["name"], section["seed"], inputs)["stages"]
     assert [step["id"] for step in stages] == list(inputs)
-    keys = {"id", "stage", "methods", "state", "seconds", "peak_memory_bytes", "num_ranks", "device"}
+    keys = {"id", "stage", "methods", "state", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "num_ranks", "device"}
     assert all(set(step) == keys for step in stages)
     assert {step["state"] for step in stages if step["stage"] == "evaluate"} == {"original", "tuned", "forgotten", "updated"}
 
@@ -151,3 +151,13 @@ def test_same_run_gives_the_same_bytes(write_run: WriteRun, tmp_path: Path) -> N
         run(section, inputs, tmp_path / name, Context())
     for file in ("results.json", "report.html"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_costs_are_charged_to_the_methods_of_this_run(make_results: Callable[..., Json]) -> None:
+    stages = make_results(methods=["full_ft", "flearn_lora", "flearn_lora_ft"])["stages"]
+    users = {stage: [row["methods"] for row in stages if row["stage"] == stage] for stage in ("teach", "tune_old", "learn")}
+    assert users == {
+        "teach": [[]],
+        "tune_old": [["flearn_lora", "flearn_lora_ft"]],
+        "learn": [["full_ft"], ["flearn_lora"], ["flearn_lora_ft"]],
+    }

@@ -76,6 +76,9 @@ def test_scale_may_be_one_number_or_one_a_method(load: Load) -> None:
         ("full: {deepspeed: nowhere.json}", "full.deepspeed: no such file"),
         ("evaluate: {protocols: []}", "evaluate.protocols"),
         ("cluster: {ranks: 0}", "cluster.ranks"),
+        ("cluster: {ranks: 3, nodes: 2}", "cluster: 3 ranks cannot be spread evenly over 2 nodes"),
+        ("forget: {scale: true}", "forget.scale: expected a number"),
+        ("forget: {scale: {flearn_ft: much}}", "forget.scale: expected a number"),
     ],
 )
 def test_refusals_name_the_field(load: Load, extra: str, words: str) -> None:
@@ -105,6 +108,26 @@ def test_paths_are_relative_to_the_yaml_and_overrides_to_here(load: Load, tmp_pa
     assert experiment.facts.path == str(tmp_path / "facts.jsonl")
     assert experiment.model.path == "gpt2"
     assert load(MINIMAL, "facts.path=../facts.json").facts.path == str(tmp_path / "facts.json")
+
+
+def test_a_method_may_be_named_once(load: Load) -> None:
+    assert "methods: each method may be named once" in refusal(load, MINIMAL, "methods=[lora, lora]")
+
+
+def test_a_deepspeed_file_replaces_and_a_dotted_key_extends(load: Load, tmp_path: Path) -> None:
+    text = MINIMAL + "full: {deepspeed: {zero_optimization: {stage: 2}, fp16: {enabled: true}}}"
+    (tmp_path / "plain.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    assert load(text, f"full.deepspeed={tmp_path}/plain.json").full.deepspeed == {"zero_optimization": {"stage": 3}}
+    extended = load(text, "full.deepspeed.zero_optimization.stage=1").full.deepspeed
+    assert extended == {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}
+
+
+def test_what_only_prints_or_places_stays_out_of_the_recipe(load: Load) -> None:
+    text = MINIMAL + "full: {deepspeed: {zero_optimization: {stage: 2}}}"
+    plain = load(text).full.recipe()
+    assert load(text, "full.deepspeed.tensorboard.enabled=true").full.recipe() == plain
+    assert load(text, "full.deepspeed.zero_optimization.reduce_bucket_size=1000").full.recipe() == plain
+    assert load(text, "full.deepspeed.zero_optimization.stage=3").full.recipe() != plain
 
 
 def test_placement_stays_out_of_the_recipe(load: Load) -> None:

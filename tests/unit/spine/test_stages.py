@@ -85,6 +85,12 @@ def test_a_plan_survives_its_json() -> None:
     assert Plan.from_json(planned().to_json()).to_json() == planned().to_json()
 
 
+@pytest.mark.parametrize("section", ["teach", "full", "lora"])
+def test_a_deepspeed_config_is_refused_before_anything_runs(section: str) -> None:
+    with pytest.raises(InputError, match=rf"^{section}\.deepspeed\.zero_optimization\.stage"):
+        planned(f"{section}.deepspeed.zero_optimization.stage=0")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [("facts.path=./nowhere.json", "facts.path: no such file"), ("facts.path=nowhere", "neither a file or folder here nor a hub id")],
