@@ -55,7 +55,7 @@ class Side:
 
     def take_turn(self) -> None:
         """Run a step or a few."""
-        reset_peak_memory()
+        reset_peak_memory("cpu")
         before, started, cpu_started = resident_bytes(), time.perf_counter(), time.process_time()
         tokens = sum(next(self.steps) for _ in range(TURN_STEPS))
         seconds = time.perf_counter() - started
