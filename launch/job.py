@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from launch import scheduler
+from launch.outcome import STOPPED
+from pipeline.context import log
+from pipeline.stages import Plan
 
 
 @dataclass(frozen=True)
@@ -26,25 +30,37 @@ class StageJob:
         _export_ranks()
         from launch import worker
 
+        context = worker.join(self.part)
         plan = worker.read(self.plan)
-        context = worker.join()
-        if self.part is not None:
-            context.part = self.part
         code = worker.run_all(plan, [self.step], context)
-        worker.leave(_after(code, context), context)
+        if context.is_main and code == 0:
+            _publish(plan, self.step)
+        if context.is_main and code == STOPPED:
+            _come_back()
+        worker.leave(code, context)
+
+
+def _publish(plan: Plan, step: str) -> None:
+    """Put a finished report at the top of the run's folder, if it is of the plan that was submitted last."""
+    from launch import report
+    from launch.run import read_plan
+
+    if plan.steps[step].stage == "report" and plan.artifact(plan.steps[step]).is_complete and step in read_plan(plan.run_dir).steps:
+        report.publish(plan)
 
 
 def _export_ranks() -> None:
     """torch's env:// variables from the scheduler's. Nothing else tells DeepSpeed its rank: no ssh, hostfile or mpi4py.
 
-    CUDA_VISIBLE_DEVICES stays as it is: a rank takes the GPU of its local rank, or the only one it can see.
+    CUDA_VISIBLE_DEVICES stays as it is: a rank takes the GPU of its local rank, or the only one that it can see.
     """
     import submitit
 
     environment = submitit.JobEnvironment()
     os.environ["RANK"] = str(environment.global_rank)
     os.environ["WORLD_SIZE"] = str(environment.num_tasks)
-    os.environ["LOCAL_RANK"] = str(environment.local_rank)
+    sees_one = os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0  # --gpus-per-task
+    os.environ["LOCAL_RANK"] = "0" if sees_one else str(environment.local_rank)
     os.environ["LOCAL_WORLD_SIZE"] = str(environment.num_tasks // environment.num_nodes)
     os.environ["MASTER_ADDR"] = environment.hostnames[0] if environment.num_nodes > 1 else "127.0.0.1"
     os.environ["MASTER_PORT"] = str(_port(environment.job_id, environment.num_tasks))
@@ -62,19 +78,12 @@ def _port(job_id: str, num_tasks: int) -> int:
     return 20000 + int("".join(filter(str.isdigit, job_id))) % 12000
 
 
-def _after(code: int, context: object) -> int:
-    """The exit code that the scheduler sees.
+def _come_back() -> None:
+    """Ask SLURM for another turn under the same job id, whatever signal it was that stopped us: time limit or preemption.
 
-    A job that was warned of its time limit has saved and asks for another turn under its own id, so that whatever
-    depends on it keeps waiting. A job that was told to end (SIGTERM: cancelled, or preempted and queued again by SLURM
-    itself) must not ask: a cancelled job would come back.
+    A job that is no longer meant to run (cancelled, or being requeued by SLURM itself) must not ask: a cancelled job
+    would come back. The other ranks wait for this, or their exit would be taken for the job's end.
     """
-    from launch.outcome import STOPPED
-    from pipeline.context import Context, Stop, log
-
-    assert isinstance(context, Context)
     job_id = os.environ.get("SLURM_JOB_ID")
-    if code == STOPPED and context.stop is Stop.COME_BACK and job_id and context.is_main:
+    if job_id and scheduler.is_running(job_id) and scheduler.requeue(job_id):
         log.info("saved; job %s is queued again", job_id)
-        subprocess.run(["scontrol", "requeue", job_id], check=True)
-    return code

@@ -1,50 +1,76 @@
-"""What SLURM says of jobs, and cancelling them: sacct, squeue where there is no accounting, scancel."""
+"""What SLURM says of jobs, asking it for another turn, and cancelling: squeue, sacct for what squeue has forgotten, scontrol, scancel."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from pipeline.errors import InputError
 
-ACTIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "RESIZING", "NODE_FAIL"})
-"""States that may still end well. NODE_FAIL is among them: a requeued job is in it for a moment."""
+ACTIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED"})
+"""States that may still end well."""
 
 
-def states(job_ids: Iterable[str]) -> dict[str, str]:
-    """Each job's state, such as PENDING, RUNNING, COMPLETED, FAILED; jobs that SLURM has forgotten are left out.
+class JobState(NamedTuple):
+    """`state` is SLURM's word, such as RUNNING, FAILED or OUT_OF_MEMORY; `reason` says why a job waits, where it does."""
 
-    An array is given by its job id; of its tasks' states the worst counts.
+    state: str
+    reason: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ACTIVE and self.reason != "DependencyNeverSatisfied"
+
+
+def states(job_ids: Iterable[str]) -> dict[str, JobState]:
+    """Each job's state; jobs that SLURM has forgotten are left out. Of an array's tasks the one that matters most counts.
+
+    The controller is asked first: the accounting hears of a submission late, and calls a job NODE_FAIL for a moment
+    before it is queued again.
     """
-    ids = sorted(set(job_ids))
-    if not ids:
-        return {}
-    found: dict[str, str] = {}
-    for line in _query(ids):
-        job, state = line.split("|")[:2]
-        id = job.split("_")[0]
-        found[id] = _worse(found.get(id), state.split()[0])
+    found: dict[str, JobState] = {}
+    queue = ["squeue", "--noheader", "--states=all", "--array", "--format=%F|%T|%r"]
+    accounting = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
+    for command in (queue, accounting):
+        ids = sorted(set(job_ids) - found.keys())
+        if ids:
+            _read(_run([*command, f"--jobs={','.join(ids)}"]), found)
     return found
 
 
-def _query(ids: list[str]) -> list[str]:
-    accounting = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={','.join(ids)}"]
-    queue = ["squeue", "--noheader", "--states=all", "--array", "--format=%F|%T", f"--jobs={','.join(ids)}"]
-    for command in (accounting, queue):
-        done = _run(command)
-        lines = [line for line in done.stdout.splitlines() if "|" in line]
-        if done.returncode == 0 and lines:
-            return lines
-    return []
+def _read(done: subprocess.CompletedProcess[str], found: dict[str, JobState]) -> None:
+    if "Invalid job id" not in done.stderr and done.returncode and "squeue" in done.args[0]:
+        raise InputError(f"squeue failed: {' '.join(done.stderr.split())}")
+    for line in done.stdout.splitlines():
+        job, state, *reason = line.split("|")
+        id = job.split("_")[0]
+        found[id] = _worse(found.get(id), JobState(state.split()[0], reason[0] if reason else ""))
 
 
-_SEVERITY = ("COMPLETED", "PENDING", "RUNNING")
-
-
-def _worse(one: str | None, other: str) -> str:
+def _worse(one: JobState | None, other: JobState) -> JobState:
+    """Of an array: a task that can still work, before one that has failed, before those that are done."""
     if one is None:
         return other
-    return max(one, other, key=lambda state: _SEVERITY.index(state) if state in _SEVERITY else len(_SEVERITY))
+    return max(one, other, key=lambda job: 2 + (job.state != "PENDING") if job.state in ACTIVE else job.state != "COMPLETED")
+
+
+def require_controller() -> None:
+    """Raise InputError if SLURM's controller does not answer: sbatch would try for minutes."""
+    answer = _run(["scontrol", "ping"])
+    if " UP" not in answer.stdout:
+        said = " ".join((answer.stdout + answer.stderr).split())
+        raise InputError(f"SLURM's controller does not answer; nothing was submitted ({said})")
+
+
+def is_running(job_id: str) -> bool:
+    """Whether SLURM means this job to go on: not so once it is cancelled, timed out or about to be killed for a preemption."""
+    return _run(["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]).stdout.split() == ["RUNNING"]
+
+
+def requeue(job_id: str) -> bool:
+    """Put this running job back into the queue, under its own id, so that what depends on it keeps waiting."""
+    return _run(["scontrol", "requeue", job_id]).returncode == 0
 
 
 def cancel(job_ids: Iterable[str]) -> None:
@@ -60,4 +86,4 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     except FileNotFoundError:
         raise InputError(f"{command[0]}: not found: this machine has no SLURM; start it on a login node") from None
     except subprocess.TimeoutExpired:
-        raise InputError(f"{command[0]} did not answer in 60 s: is the SLURM controller up? (scontrol ping)") from None
+        raise InputError(f"{command[0]} did not answer in 60 s: is SLURM's controller up? (scontrol ping)") from None

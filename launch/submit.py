@@ -1,6 +1,6 @@
 """Submit an experiment's stages as jobs, through submitit: a chain on SLURM, or one after another on this machine.
 
-from launch import submit
+from launch.submit import submit
 run = submit("configs/quickstart.yaml", ["forget.scale=0.5"], on="slurm")
 print(run.run_dir, run.jobs)    # {"teach-...": "1234", ...}; then: flearn status RUN_DIR
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +18,19 @@ from typing import Any, Literal
 
 from launch import place, scheduler
 from launch.job import StageJob
+from launch.run import PLAN, exclusive
 from launch.site import Site, load_site
 from pipeline import config, stages
 from pipeline.artifact import write_json
 from pipeline.config import Experiment
+from pipeline.delta.parts import missing_parts
 from pipeline.errors import InputError
 from pipeline.stages import Plan, Step
 
 JOBS = "jobs.json"
 LOGS = "jobs"
+_SECONDS_FOR_OTHERS = 60
+"""How long to wait for another submission to this run, and for jobs that are just ending."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,16 @@ class Submitted:
 def submit(path: str | Path, overrides: Sequence[str] = (), on: Literal["local", "slurm"] = "slurm") -> Submitted:
     """Submit what is not yet done of the experiment at `path`. On `local` this returns when all is done.
 
+    A step that another submission to the same run has in the queue is waited for, not submitted twice.
     Raises InputError for a mistake in the config or a submission that SLURM refuses; nothing is then left in the queue.
     """
     experiment = config.load(Path(path), list(overrides))
     plan = stages.plan(experiment)
-    plan_path = write_plan(plan)
-    jobs = _submit_chain(plan, plan_path, experiment) if on == "slurm" else _run_here(plan, plan_path, experiment)
+    if on == "slurm" and any(plan.pending()):
+        scheduler.require_controller()
+    with exclusive(plan.run_dir, _SECONDS_FOR_OTHERS if on == "slurm" else 0):
+        plan_path = write_plan(plan)
+        jobs = _Chain(plan, plan_path, experiment).submit() if on == "slurm" else _run_here(plan, plan_path, experiment)
     return Submitted(plan.run_dir, jobs)
 
 
@@ -52,35 +61,9 @@ def write_plan(plan: Plan) -> Path:
     """Write the plan under a name of its own, since jobs of another plan of this run may still wait; returns its path."""
     last = next(reversed(plan.steps.values()))
     path = plan.run_dir / f"plan-{last.fingerprint}.json"
-    write_json(path, plan.to_json())
-    write_json(plan.run_dir / "plan.json", plan.to_json())
+    for target in (path, plan.run_dir / PLAN):
+        write_json(target, plan.to_json())
     return path
-
-
-def scripts(experiment: Experiment, plan: Plan) -> Iterator[tuple[Step, str]]:
-    """The sbatch script of each step to do, as it would be submitted."""
-    site = load_site(experiment.cluster.site)
-    for step in plan.pending():
-        executor = _executor(plan, step, experiment, site, [f"<{source.id}>" for source in _waits_for(plan, step)])
-        yield step, executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
-
-
-def _submit_chain(plan: Plan, plan_path: Path, experiment: Experiment) -> dict[str, str]:
-    site = load_site(experiment.cluster.site)
-    known = read_jobs(plan.run_dir)
-    active = {step for step, job in known.items() if scheduler.states(known.values()).get(job) in scheduler.ACTIVE} if known else set()
-    submitted: dict[str, str] = {}
-    try:
-        for step in plan.pending():
-            if step.id in active:
-                continue  # another plan of this run has it in the queue
-            waits = [known[source.id] for source in _waits_for(plan, step) if source.id in known]
-            submitted[step.id] = known[step.id] = _submit(plan, plan_path, step, experiment, site, waits)
-    except BaseException:
-        scheduler.cancel(submitted.values())
-        raise
-    write_json(plan.run_dir / JOBS, known)
-    return {step.id: known[step.id] for step in plan.pending()}
 
 
 def read_jobs(run_dir: Path) -> dict[str, str]:
@@ -89,34 +72,86 @@ def read_jobs(run_dir: Path) -> dict[str, str]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _waits_for(plan: Plan, step: Step) -> list[Step]:
-    return [source for source in step.inputs.values() if not plan.artifact(source).is_complete]
+def scripts(experiment: Experiment, plan: Plan) -> Iterator[tuple[Step, str]]:
+    """The sbatch script of each step to do, as it would be submitted; a step to wait for stands for its job's id."""
+    chain = _Chain(plan, plan.run_dir / PLAN, experiment)
+    chain.jobs = {step.id: f"<{step.id}>" for step in plan.pending()}
+    for step in plan.pending():
+        executor = chain.executor(step)
+        num_parts = len(chain.calls(step))
+        if num_parts > 1:
+            executor.parameters["map_count"] = num_parts
+        yield step, executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
-def _submit(plan: Plan, plan_path: Path, step: Step, experiment: Experiment, site: Site, waits: list[str]) -> str:
-    executor = _executor(plan, step, experiment, site, waits)
-    num_parts = experiment.cluster.forget_parts if place.SHAPES[step.stage] == "parts" else 1
-    parts = [(i, num_parts) for i in range(num_parts)] if num_parts > 1 else [None]
-    with _own_environment(), _refusals(step):
-        jobs = executor.submit_array([StageJob(plan_path, step.id, part) for part in parts])
-    return str(jobs[0].job_id).split("_")[0]
+class _Chain:
+    """The jobs of a plan's pending steps, each waiting for the jobs of its inputs."""
+
+    def __init__(self, plan: Plan, plan_path: Path, experiment: Experiment) -> None:
+        self.plan = plan
+        self.plan_path = plan_path
+        self.experiment = experiment
+        self.site: Site = load_site(experiment.cluster.site)
+        self.jobs: dict[str, str] = {}
+        """By step, the jobs of this plan that can still end well."""
+
+    def submit(self) -> dict[str, str]:
+        known = read_jobs(self.plan.run_dir)
+        pending = list(self.plan.pending())
+        found = _settled({step.id: known[step.id] for step in pending if step.id in known})
+        submitted: dict[str, str] = {}
+        try:
+            for step in pending:
+                if step.id in found and found[step.id].is_active:
+                    if not any(source.id in submitted for source in step.inputs.values()):
+                        self.jobs[step.id] = known[step.id]
+                        continue
+                    scheduler.cancel([known[step.id]])  # it waits for a job that failed
+                submitted[step.id] = self.jobs[step.id] = self._submit(step)
+        except BaseException:
+            scheduler.cancel(submitted.values())
+            raise
+        write_json(self.plan.run_dir / JOBS, known | submitted)
+        return self.jobs
+
+    def _submit(self, step: Step) -> str:
+        executor = self.executor(step)
+        with _own_environment(), _refusals(step), executor.batch():
+            jobs = [executor.submit(call) for call in self.calls(step)]
+        return str(jobs[0].job_id).split("_")[0]
+
+    def calls(self, step: Step) -> list[StageJob]:
+        """What to run of a step: one job, or one for each part that is missing."""
+        if place.SHAPES[step.stage] != "parts" or self.experiment.cluster.forget_parts == 1:
+            return [StageJob(self.plan_path, step.id)]
+        parts = missing_parts(self.plan.artifact(step).folder, self.experiment.cluster.forget_parts)
+        return [StageJob(self.plan_path, step.id, part) for part in parts]
+
+    def executor(self, step: Step) -> Any:
+        import submitit
+
+        try:
+            executor = submitit.SlurmExecutor(folder=self.plan.run_dir / LOGS, python=self.site.python)
+        except RuntimeError:
+            raise InputError("no srun here: submit from a login node of a SLURM cluster, or use --on here") from None
+        parameters = place.parameters(step.stage, self.experiment.cluster, self.site)
+        waits = sorted({self.jobs[source.id] for source in step.inputs.values() if source.id in self.jobs})
+        if waits:
+            parameters["dependency"] = "afterok:" + ":".join(waits)
+            if self.site.kill_on_invalid_dependency:
+                parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
+        executor.update_parameters(job_name=f"{self.experiment.name}:{step.stage}", **parameters)
+        return executor
 
 
-def _executor(plan: Plan, step: Step, experiment: Experiment, site: Site, waits: list[str]) -> Any:
-    import submitit
-
-    try:
-        executor = submitit.SlurmExecutor(folder=plan.run_dir / LOGS / "%j", python=site.python)
-    except RuntimeError:
-        raise InputError("no srun here: submit from a login node of a SLURM cluster, or use --on here") from None
-    found = place.parameters(step.stage, experiment.cluster, site)
-    further = found["slurm_additional_parameters"]
-    if waits:
-        further["dependency"] = "afterok:" + ":".join(sorted(set(waits)))
-        if site.kill_on_invalid_dependency:
-            further["kill-on-invalid-dep"] = "yes"
-    executor.update_parameters(job_name=f"{experiment.name}:{step.stage}", **{k.removeprefix("slurm_"): v for k, v in found.items()})
-    return executor
+def _settled(jobs: dict[str, str]) -> dict[str, scheduler.JobState]:
+    """By step, its job's state, once no job is on its way out any more: one such may end well, badly, or come again."""
+    deadline = time.monotonic() + _SECONDS_FOR_OTHERS
+    while True:
+        found = scheduler.states(jobs.values())
+        if time.monotonic() > deadline or not any(job.state == "COMPLETING" for job in found.values()):
+            return {step: found[job] for step, job in jobs.items() if job in found}
+        time.sleep(0.3)
 
 
 @contextmanager
@@ -135,12 +170,16 @@ def _own_environment() -> Iterator[None]:
 @contextmanager
 def _refusals(step: Step) -> Iterator[None]:
     """sbatch's own words, as one line."""
+    import logging
+
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+    logging.getLogger("submitit").setLevel(logging.CRITICAL)
     try:
         yield
     except (FailedJobError, FailedSubmissionError) as error:
-        raise InputError(f"SLURM refused the job of {step.id}: {' '.join(str(error).split())}") from None
+        said = [line.strip() for line in str(error).splitlines() if "error:" in line]
+        raise InputError(f"SLURM refused the job of {step.id}: {'; '.join(said) or ' '.join(str(error).split())}") from None
 
 
 def _run_here(plan: Plan, plan_path: Path, experiment: Experiment) -> dict[str, str]:
@@ -149,12 +188,18 @@ def _run_here(plan: Plan, plan_path: Path, experiment: Experiment) -> dict[str, 
 
     jobs: dict[str, str] = {}
     for step in plan.pending():
-        executor = submitit.LocalExecutor(folder=plan.run_dir / LOGS / "%j")
+        executor = submitit.LocalExecutor(folder=plan.run_dir / LOGS)
         tasks = experiment.cluster.ranks if place.SHAPES[step.stage] == "ranks" else 1
         executor.update_parameters(tasks_per_node=tasks, timeout_min=60 * 24 * 30)
         job = executor.submit(StageJob(plan_path, step.id))
         jobs[step.id] = str(job.job_id)
-        job.wait()
+        write_json(plan.run_dir / JOBS, read_jobs(plan.run_dir) | jobs)
+        print(f"  job {job.job_id:<10} {step.id}", flush=True)
+        try:
+            job.wait()
+        except BaseException:
+            job.cancel()
+            raise
         if not plan.artifact(step).is_complete:
             raise InputError(f"{step.id} failed: see flearn status {plan.run_dir} and {job.paths.stderr}")
     return jobs

@@ -38,16 +38,18 @@ def read(plan_path: Path) -> Plan:
     return plan
 
 
-def join() -> Context:
-    """Set up torch.distributed for this rank, and listen for requests to stop.
+def join(part: tuple[int, int] | None = None) -> Context:
+    """Listen for requests to stop, and set up torch.distributed for this rank; `part` is its share of an array's work.
 
     Control messages go over a gloo group of their own, which waits as long as a stage of rank 0 alone may take.
     """
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    context = Context(rank=rank, world_size=world_size, local_rank=local_rank, part=part)
+    context.listen()  # before torch, whose import takes seconds: a job may be preempted as soon as it starts
     import torch
     import torch.distributed as dist
 
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = device_for(local_rank)
+    context.device = device = device_for(local_rank)
     _quieten(device)
     if device != "cpu":
         if local_rank >= torch.cuda.device_count():
@@ -55,9 +57,7 @@ def join() -> Context:
             os._exit(MISTAKE)
         torch.cuda.set_device(local_rank)
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=30))
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world_size > 1 else None
-    context = Context(rank=rank, world_size=world_size, local_rank=local_rank, device=device, group=group)
-    context.listen()
+    context.group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world_size > 1 else None
     return context
 
 

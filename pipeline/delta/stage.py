@@ -10,14 +10,16 @@ from typing import Any
 from pipeline.artifact import Artifact
 from pipeline.config import Forget
 from pipeline.context import Context, log
+from pipeline.delta.parts import note_done
 from pipeline.delta.subtract import Progress, subtract
 from pipeline.models.load import model_folder
 
 
-def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
+def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any] | None:
     """Write the forgotten model to `out`/model, and say how much of the subtraction survived.
 
     A fully tuned model is read from its ZeRO checkpoint, an adapter as it is: no consolidated copy is made.
+    Where several processes share the work (`context.part`), the one that finishes last has the facts, the others None.
     """
     forget = Forget.model_validate(section["forget"])
     assert isinstance(forget.scale, float)
@@ -31,8 +33,13 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
             rounding=forget.rounding,
             seed=section["seed"],
             max_shard_size=forget.max_shard_size,
+            part=(1, 1) if context.part is None else (context.part[0] + 1, context.part[1]),
             progress=progress,
         )
+    if context.part is not None:
+        note_done(out, context.part)
+    if outcome.state == "waiting":
+        return None
     manifest = outcome.manifest
     for warning in manifest["warnings"]:
         log.warning("forget: %s", warning)

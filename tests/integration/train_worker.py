@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.artifact import Artifact, write_json
-from pipeline.context import Context, Preempted, Stop
+from pipeline.context import Context, Preempted
 from pipeline.train import fit as fit_module
 from pipeline.train import stage
 from pipeline.train.lora import InitialAdapter, add_adapter
@@ -51,11 +51,11 @@ def train(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, conte
 def stop_early(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
     """Only the last rank is asked to stop; all must, together, at the end of the first step."""
     if context.rank == context.world_size - 1:
-        context.stop = Stop.STAY_DOWN
+        context.stop = True
     try:
         stage.run(section, inputs, out, context)
     except Preempted as error:
-        context.stop = Stop.NO
+        context.stop = False
         return str(error)
     return "was not stopped"
 
