@@ -10,10 +10,10 @@ import argparse
 import os
 import sys
 
-from launch import delta, doctor, facts, models, report, run, status
+from launch import cancel, delta, doctor, facts, logs, models, report, run, status
 from pipeline.errors import InputError, full_disk_message
 
-COMMANDS = (run, status, report, facts, models, delta, doctor)
+COMMANDS = (run, status, logs, cancel, report, facts, models, delta, doctor)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 from pipeline.stages import Plan
 
 PLAN = "plan.json"
+LOCK = ".lock"
 _ON = "here: processes of this machine (default); slurm: a chain of jobs; local: the same jobs on this machine, one after another"
 
 
@@ -136,7 +137,7 @@ def exclusive(run_dir: Path, seconds: float = 0) -> Iterator[int]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write in {run_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours") from None
     if not _lock(descriptor, seconds):

@@ -1,4 +1,4 @@
-"""`flearn status` and `flearn logs`: how far a run is, what failed, and what its stages said."""
+"""`flearn status`: how far a run is, what runs and waits, what failed, why, and where its log is."""
 
 from __future__ import annotations
 
@@ -6,73 +6,152 @@ import argparse
 import fcntl
 import json
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+from launch import scheduler
 from launch.outcome import ERROR
-from launch.run import read_plan
+from launch.run import LOCK, read_plan
+from launch.scheduler import JobState
+from launch.submit import job_files, read_jobs
 from pipeline.errors import InputError
 from pipeline.stages import Plan, Step
 
+Row = dict[str, Any]
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+
 
 def add_parser(commands: Any) -> None:
-    """Add `status` and `logs` to the command line."""
-    status = commands.add_parser("status", help="stages of a run, their states and times")
+    """Add `status` to the command line."""
+    status = commands.add_parser("status", help="stages of a run, their states, jobs and times")
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     status.add_argument("--json", action="store_true", help="print a JSON array, one object a step")
     status.set_defaults(handler=_status)
-    logs = commands.add_parser("logs", help="what a stage of a run said")
-    logs.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    logs.add_argument("stage", nargs="?", metavar="STAGE", help="a step's id or its beginning; without it, the last one that ran")
-    logs.set_defaults(handler=_logs)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    plan = read_plan(arguments.run_dir)
+    plan = read_all(arguments.run_dir)
     rows = states(plan)
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return 0
     width = max(len(row["id"]) for row in rows)
+    job_width = max(len(row["job"] or "") for row in rows)
     print(f"{plan.run_dir}: {sum(row['state'] == 'done' for row in rows)} of {len(rows)} steps done")
     for row in rows:
         seconds = f"{row['seconds']:8.1f} s" if row["seconds"] is not None else " " * 10
-        print(f"  {row['state']:<8} {row['id']:<{width}} {seconds}  {', '.join(row['methods']) or 'all methods'}  {row['note']}".rstrip())
+        columns = (f"{row['state']:<9}", f"{row['id']:<{width}}", f"{row['job'] or '':<{job_width}}", seconds)
+        print("  " + "  ".join([*columns, ", ".join(row["methods"]) or "all methods", row["note"]]).rstrip())
     return 0
 
 
-def states(plan: Plan) -> list[dict[str, Any]]:
-    """For each step: id, methods, state (done | running | stopped | failed | pending), seconds, and a note.
+def read_all(run_dir: Path) -> Plan:
+    """The plan of the last `flearn run` in `run_dir`, and what other plans of this run have put in the queue."""
+    plan = read_plan(run_dir)
+    submitted = read_jobs(plan.run_dir)
+    for path in sorted(plan.run_dir.glob("plan-*.json")):
+        other = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+        plan.steps |= {id: step for id, step in other.steps.items() if id in submitted and id not in plan.steps}
+    return plan
 
-    `stopped` is a step that began and is not at work now: the same `flearn run` goes on with it.
+
+def states(plan: Plan) -> list[Row]:
+    """For each step: id, methods, state, job, seconds, and a note.
+
+    The state is done | running | queued | failed | cancelled | stopped | pending. `stopped` is a step that began and is
+    not at work now, `cancelled` one whose job was: the same `flearn run` goes on with both.
     """
-    alive = _is_alive(plan.run_dir)
+    alive = is_alive(plan.run_dir)
+    jobs = read_jobs(plan.run_dir)
+    found = _ask({step.id: jobs[step.id] for step in plan.pending() if step.id in jobs})
     rows = []
     for step in plan.steps.values():
-        rows.append(_state(plan, step, alive))
-        if rows[-1]["state"] == "running":
-            alive = False  # steps run one after the other
+        rows.append(_state(plan, step, jobs.get(step.id), found.get(step.id), alive))
+        if rows[-1]["state"] == "running" and step.id not in found:
+            alive = False  # without a scheduler, steps run one after the other
     return rows
 
 
-def _state(plan: Plan, step: Step, alive: bool) -> dict[str, Any]:
+def _ask(jobs: dict[str, str]) -> dict[str, JobState]:
+    """By step, the state of its SLURM job; what else there is to say is said even if SLURM does not answer."""
+    ids = {step: job for step, job in jobs.items() if job.isdecimal()}
+    if not ids or shutil.which("squeue") is None:
+        return {}
+    try:
+        known = scheduler.states(ids.values())
+    except InputError as error:
+        print(f"flearn: {error}", file=sys.stderr)
+        return {}
+    return {step: known[job] for step, job in ids.items() if job in known}
+
+
+def _state(plan: Plan, step: Step, job: str | None, found: JobState | None, alive: bool) -> Row:
     artifact = plan.artifact(step)
-    row: dict[str, Any] = {"id": step.id, "methods": step.methods, "state": "pending", "seconds": None, "note": ""}
+    row: Row = {"id": step.id, "methods": step.methods, "state": "pending", "job": job, "seconds": None, "note": ""}
     if artifact.is_complete:
         return row | {"state": "done", "seconds": artifact.manifest["seconds"], "finished": artifact.manifest["finished"]}
-    error = artifact.folder / ERROR
-    if error.is_file() and not alive:
-        problem = json.loads(error.read_text(encoding="utf-8"))
-        return row | {"state": "failed", "note": f"{problem['message']} (see {artifact.folder / problem['log']})"}
-    if not artifact.folder.is_dir():
-        return row
-    return row | {"state": "running" if alive else "stopped", "note": _progress(artifact.folder)}
+    if found is not None and found.state in scheduler.ACTIVE:
+        if found.state in _RUNNING:
+            return row | {"state": "running", "note": progress(artifact.folder)}
+        return row | {"state": "queued", "note": _waiting(found)}
+    began = artifact.folder.is_dir()
+    if found is not None and not began and found.state == "CANCELLED":
+        failed = [source.id for source in step.inputs.values() if not plan.artifact(source).is_complete]
+        return row | {"state": "cancelled", "note": f"needs {failed[0]}" if failed else ""}
+    if not alive and (found is not None or began):
+        reason = why(artifact.folder, job_files(plan.run_dir, job, "err"), found)
+        if reason is not None:
+            return row | {"state": "cancelled" if found is not None and found.state == "CANCELLED" else "failed", "note": reason}
+    return row | {"state": "running" if alive else "stopped", "note": progress(artifact.folder)} if began else row
 
 
-def _is_alive(run_dir: Path) -> bool:
-    """Whether processes of this run are at work: they hold its lock."""
+def _waiting(job: JobState) -> str:
+    if job.reason == "DependencyNeverSatisfied":
+        return "an input failed: it will never start; run again, or flearn cancel"
+    return "" if job.reason in ("", "None", "Dependency", "Priority") else job.reason
+
+
+def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
+    """Why a step failed and where to read more; None if nothing says that it did.
+
+    A rank that died without a word (killed, out of memory) is known to SLURM alone: its peers blame the connection.
+    """
+    problem = _read(folder / ERROR)
+    state = job.state if job is not None and job.state not in ("COMPLETED", "FAILED") else None
+    killed = _first_killed(stderr) if job is not None and job.state != "COMPLETED" else None
+    said = [text for text in (state, killed or (problem and problem["message"])) if text]
+    if problem is not None and killed is None:
+        return f"{': '.join(said)} (see {folder / problem['log']})"
+    if job is None or job.state == "COMPLETED":
+        return None
+    return f"{': '.join(said) or job.state} (see {stderr[0] if stderr else 'scontrol show job'})"
+
+
+def _first_killed(stderr: list[Path]) -> str | None:
+    """What srun says of the task that died first, unless that task had words of its own. Of the last attempt, after a requeue."""
+    if not stderr:
+        return None
+    text = re.split(r"DUE TO .*", stderr[0].read_text(encoding="utf-8", errors="replace"))
+    match = re.search(r"^srun: error: (\S+): tasks? (\S+): (.*)$", text[-1], flags=re.MULTILINE)
+    if match is None or match[3].startswith("Exited with exit code"):
+        return None
+    return f"rank {match[2]} on {match[1]}: {match[3]}"
+
+
+def _read(path: Path) -> Any:
     try:
-        descriptor = os.open(run_dir / ".lock", os.O_RDONLY)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def is_alive(run_dir: Path) -> bool:
+    """Whether processes of this run are at work on this machine, without a scheduler: they hold its lock."""
+    try:
+        descriptor = os.open(run_dir / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -84,36 +163,18 @@ def _is_alive(run_dir: Path) -> bool:
         os.close(descriptor)
 
 
-def _progress(folder: Path) -> str:
-    """The last training step that was logged, if the stage trains."""
-    log = folder / "steps.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    if not lines:
-        return ""
-    try:
-        step = json.loads(lines[-1])
-    except ValueError:  # its last line is being written
-        return ""
-    return f"step {step['step']}, loss {step['loss']:.4f}"
-
-
-def _logs(arguments: argparse.Namespace) -> int:
-    plan = read_plan(arguments.run_dir)
-    step = _find(plan, arguments.stage)
-    for log in sorted(plan.artifact(step).folder.glob("rank*.log"), key=lambda path: int(path.stem.removeprefix("rank"))):
-        print(f"==> {log} <==")
-        print(log.read_text(encoding="utf-8", errors="replace"))
-    return 0
-
-
-def _find(plan: Plan, stage: str | None) -> Step:
-    started = [step for step in plan.steps.values() if list(plan.artifact(step).folder.glob("rank*.log"))]
-    if stage is None:
-        if not started:
-            raise InputError(f"{plan.run_dir}: nothing has run yet")
-        return max(started, key=lambda step: max(log.stat().st_mtime for log in plan.artifact(step).folder.glob("rank*.log")))
-    matching = [step for step in started if step.id.startswith(stage)]
-    if len(matching) != 1:
-        ids = ", ".join(step.id for step in matching or started)
-        raise InputError(f"{stage}: {len(matching)} steps of {plan.run_dir} with a log begin so; name one of: {ids}")
-    return matching[0]
+def progress(folder: Path) -> str:
+    """How far a step is: its last training step, or how much it has written."""
+    steps = folder / "steps.jsonl"
+    if steps.is_file():
+        lines = steps.read_text(encoding="utf-8").splitlines()
+        try:
+            step = json.loads(lines[-1])
+        except (IndexError, ValueError):  # its last line is being written
+            return ""
+        return f"step {step['step']}, loss {step['loss']:.4f}"
+    rows = sum(part.read_bytes().count(b"\n") for part in folder.glob("records-rank*.jsonl"))
+    if rows:
+        return f"{rows} facts scored"
+    shards = sum(1 for path in folder.glob("model/.incomplete/*.json") if path.name != "recipe.json")
+    return f"{shards} shards written" if shards else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from pipeline.stages import Plan, Step
 
 JOBS = "jobs.json"
 LOGS = "jobs"
+_LOCAL = "local:"
 _SECONDS_FOR_OTHERS = 60
 """How long to wait for another submission to this run, and for jobs that are just ending."""
 
@@ -70,6 +72,14 @@ def read_jobs(run_dir: Path) -> dict[str, str]:
     """The job id of each step of the run that was ever submitted."""
     path = run_dir / JOBS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def job_files(run_dir: Path, job: str | None, kind: Literal["out", "err"]) -> list[Path]:
+    """What the tasks of a job (all of them, of an array) wrote, in their order; nothing for no job."""
+    if job is None:
+        return []
+    number = job.removeprefix(_LOCAL)
+    return sorted([*(run_dir / LOGS).glob(f"{number}_[0-9]*_log.{kind}")], key=lambda path: [int(n) for n in path.name.split("_")[:-1]])
 
 
 def scripts(experiment: Experiment, plan: Plan) -> Iterator[tuple[Step, str]]:
@@ -186,13 +196,14 @@ def _run_here(plan: Plan, plan_path: Path, experiment: Experiment) -> dict[str, 
     """The same jobs through submitit's local executor, one after another."""
     import submitit
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs: dict[str, str] = {}
     for step in plan.pending():
         executor = submitit.LocalExecutor(folder=plan.run_dir / LOGS)
         tasks = experiment.cluster.ranks if place.SHAPES[step.stage] == "ranks" else 1
         executor.update_parameters(tasks_per_node=tasks, timeout_min=60 * 24 * 30)
         job = executor.submit(StageJob(plan_path, step.id))
-        jobs[step.id] = str(job.job_id)
+        jobs[step.id] = f"{_LOCAL}{job.job_id}"
         write_json(plan.run_dir / JOBS, read_jobs(plan.run_dir) | jobs)
         print(f"  job {job.job_id:<10} {step.id}", flush=True)
         try:

@@ -7,14 +7,17 @@ MASTER_ADDR and MASTER_PORT set (torch's env:// rendezvous).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from launch.outcome import ERROR, FAILED, MISTAKE, STOPPED
 from pipeline.artifact import write_json
@@ -22,6 +25,9 @@ from pipeline.context import Context, Preempted, device_for, log
 from pipeline.errors import InputError, full_disk_message
 from pipeline.run import run_step
 from pipeline.stages import Plan, Step
+
+LOCK = ".lock"
+_LOCK_SECONDS = 5
 
 
 def main(plan_path: Path) -> NoReturn:
@@ -93,7 +99,10 @@ def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
     if context.is_main:
         (folder / ERROR).unlink(missing_ok=True)
     try:
-        run_step(plan, step, context)
+        with _alone(folder, context):
+            run_step(plan, step, context)
+            if context.is_main:
+                (folder / ERROR).unlink(missing_ok=True)  # of another job that found the step taken
         return 0
     except Preempted:
         return STOPPED
@@ -102,6 +111,35 @@ def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, context: Context) -> Iterator[None]:
+    """Hold the step's lock, on rank 0, so that two jobs never work on one step. Parts of an array may meet: they expect it.
+
+    Raises InputError, on every rank, if others hold it still after a few seconds (a killed job's processes may linger).
+    """
+    if context.part is not None:
+        yield
+        return
+    with (folder / LOCK).open("a") as lock:
+        if not context.share(context.is_main and _locked(lock)):
+            raise InputError(
+                f"{folder}: another job is at work on this step; wait for it, or cancel it with: flearn cancel {folder.parent}"
+            )
+        yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    for _ in range(_LOCK_SECONDS * 10):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return True
+    return False
 
 
 def _log_to(handler: logging.Handler, context: Context) -> None:

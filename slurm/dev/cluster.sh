@@ -136,6 +136,10 @@ start_database() {
     fi
     sacctmgr --noheader list cluster format=cluster%20 | grep -q flearndev ||
         sacctmgr --immediate add cluster flearndev >/dev/null || die "sacctmgr add cluster failed"
+    sacctmgr --noheader list associations format=user%50 | grep -qw "$USER" || {
+        sacctmgr --immediate add account dev description=dev organization=dev
+        sacctmgr --immediate add user "$USER" account=dev
+    } >/dev/null || die "sacctmgr add user failed"
 }
 
 start_slurm() {
