@@ -154,6 +154,7 @@ def test_the_forget_stage(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "forget-3"
     inputs = {"base": Artifact(original), "tuned": Artifact(tuning)}
     facts = forget_stage.run(section, inputs, out, Context())
+    assert facts is not None
     json.dumps(facts)
     assert (facts["model"], facts["model_kind"], facts["scale"], facts["dtype"]) == ("model", "folder", 0.3, "float32")
     assert facts["survival"]["projection"] == pytest.approx(1, abs=1e-5)
