@@ -72,7 +72,7 @@ class Prompt(Section):
 
 
 class Training(Section):
-    """One fine-tuning. The arithmetic depends on `batch_size`, never on ranks or `micro_batch_size`."""
+    """One fine-tuning. The arithmetic depends on `batch_size`, not on ranks or `micro_batch_size` (LoRA's dropout apart)."""
 
     epochs: int = Field(3, gt=0)
     lr: float = Field(5e-5, gt=0)

@@ -39,7 +39,7 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
     with _attempt(output, context) as attempt:
         facts = _call(step, inputs, output, context)
     peaks = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": peak_gpu_memory_bytes(context.device)}
-    peaks = {name: value and context.largest(value) for name, value in peaks.items()}
+    peaks = {name: None if value is None else context.largest(value) for name, value in peaks.items()}
     if context.is_main and facts is None:
         log.info("%s: part %s is done; others are not yet", step.id, context.part)
     elif context.is_main:

@@ -41,6 +41,13 @@ _REFUSED = {
 """Settings that may not be switched on, and why."""
 
 
+_NEEDED = {
+    "zero_optimization.load_from_fp32_weights": "a resumed run would round its masters to bf16; leave it out",
+    "managed_gradient_accumulation": "every micro-batch would become an optimizer step; leave it out",
+}
+"""Settings that may not be switched off, and why."""
+
+
 @dataclass(frozen=True)
 class Adam:
     """AdamW's settings beside the learning rate and the weight decay."""
@@ -89,6 +96,9 @@ def _refuse(config: dict[str, Any]) -> None:
     """Raise for what is known to be fatal or silent, or was never tried."""
     for key, reason in _REFUSED.items():
         if _get(config, key) not in (None, False, 0, "auto"):
+            raise InputError(f"deepspeed.{key}: {reason}")
+    for key, reason in _NEEDED.items():
+        if _get(config, key) is False:
             raise InputError(f"deepspeed.{key}: {reason}")
     stage = _get(config, "zero_optimization.stage")
     if stage not in (1, 2, 3):

@@ -76,10 +76,13 @@ def _timed_step(engine: Any, picked: TargetLogits, course: Course, index: int, c
     loss = optimizer_step(engine, picked, course, batch, context)
     if not isfinite(loss):
         raise InputError(f"the loss of step {index + 1} is {loss}: lower lr, or set max_grad_norm")
+    norm = float(engine.get_global_grad_norm())
+    if not isfinite(norm):  # DeepSpeed leaves such a step out without a word
+        raise InputError(f"the gradient of step {index + 1} is {norm}: lower lr, or set max_grad_norm")
     tokens = sum(course.records[i].num_tokens for i in batch)
     seconds = time.perf_counter() - started
     epoch = index // course.batches.per_epoch + 1
-    return Step(index + 1, epoch, loss, lr, float(engine.get_global_grad_norm()), tokens, round(tokens / seconds, 1))
+    return Step(index + 1, epoch, loss, lr, norm, tokens, round(tokens / seconds, 1))
 
 
 def optimizer_step(engine: Any, picked: TargetLogits, course: Course, batch: Sequence[int], context: Context) -> float:
