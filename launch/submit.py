@@ -12,8 +12,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,13 +181,11 @@ def _own_environment() -> Iterator[None]:
 @contextmanager
 def _refusals(step: Step) -> Iterator[None]:
     """sbatch's own words, as one line."""
-    import logging
-
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    logging.getLogger("submitit").setLevel(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(StringIO()):  # submitit prints them too
+            yield
     except (FailedJobError, FailedSubmissionError) as error:
         said = [line.strip() for line in str(error).splitlines() if "error:" in line]
         raise InputError(f"SLURM refused the job of {step.id}: {'; '.join(said) or ' '.join(str(error).split())}") from None
