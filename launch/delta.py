@@ -92,14 +92,16 @@ def _subtract(arguments: argparse.Namespace) -> int:
             arguments.out,
             dtype=arguments.dtype,
             rounding=arguments.rounding,
-            max_shard_size=arguments.max_shard_size,
-            memory=arguments.memory,
-            io=arguments.io,
-            part=arguments.part,
+            **_how(arguments),
             progress=progress,
         )
     print(_summary(outcome, arguments.out))
     return 0
+
+
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of whatever writes a model: how, not what."""
+    return {name: getattr(arguments, name) for name in ("max_shard_size", "memory", "io", "part")}
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -131,10 +133,7 @@ def _undo(arguments: argparse.Namespace) -> int:
             arguments.forgotten,
             arguments.out,
             tuned=arguments.tuned,
-            max_shard_size=arguments.max_shard_size,
-            memory=arguments.memory,
-            io=arguments.io,
-            part=arguments.part,
+            **_how(arguments),
             progress=progress,
         )
     print(_summary(outcome, arguments.out))

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from launch import scheduler
 from launch.outcome import STOPPED
+from launch.run import read_plan
 from pipeline.context import log
 from pipeline.stages import Plan
 
@@ -31,7 +32,7 @@ class StageJob:
         from launch import worker
 
         context = worker.join(self.part)
-        plan = worker.read(self.plan)
+        plan = read_plan(self.plan.parent, self.plan.name)
         code = worker.run_all(plan, [self.step], context)
         if context.is_main and code == 0:
             _publish(plan, self.step)
@@ -43,7 +44,6 @@ class StageJob:
 def _publish(plan: Plan, step: str) -> None:
     """Put a finished report at the top of the run's folder, if it is of the plan that was submitted last."""
     from launch import report
-    from launch.run import read_plan
 
     if plan.steps[step].stage == "report" and plan.artifact(plan.steps[step]).is_complete and step in read_plan(plan.run_dir).steps:
         report.publish(plan)

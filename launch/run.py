@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -115,8 +116,11 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _lock(descriptor: int, seconds: float) -> bool:
-    """Whether the lock became free in time. Processes of a killed run, and `flearn status`, may hold it for a moment yet."""
+def lock(descriptor: int, seconds: float) -> bool:
+    """Take the file's lock; False if it did not become free within `seconds` (a second at least).
+
+    Processes of a killed run, and `flearn status`, may hold it for a moment yet.
+    """
     deadline = time.monotonic() + max(1.0, seconds)
     while True:
         try:
@@ -140,7 +144,7 @@ def exclusive(run_dir: Path, seconds: float = 0) -> Iterator[int]:
         descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write in {run_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours") from None
-    if not _lock(descriptor, seconds):
+    if not lock(descriptor, seconds):
         os.close(descriptor)
         raise InputError(f"{run_dir}: another run is at work here; wait for it, or use --set name=...")
     os.ftruncate(descriptor, 0)
@@ -151,16 +155,14 @@ def exclusive(run_dir: Path, seconds: float = 0) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_plan(run_dir: Path) -> Plan:
-    """The plan of the last `flearn run` in `run_dir`."""
-    import json
-
+def read_plan(run_dir: Path, name: str = PLAN) -> Plan:
+    """The plan of the last `flearn run` in `run_dir`, or the one that lies there under `name`."""
     try:
-        value = json.loads((run_dir / PLAN).read_text(encoding="utf-8"))
+        value = json.loads((run_dir / name).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{run_dir}: no {PLAN} here; give the folder that `flearn run` printed") from None
+        raise InputError(f"{run_dir}: no {name} here; give the folder that `flearn run` printed") from None
     except ValueError as error:
-        raise InputError(f"{run_dir / PLAN}: damaged ({error}); run the experiment again") from None
+        raise InputError(f"{run_dir / name}: damaged ({error}); run the experiment again") from None
     plan = Plan.from_json(value)
     plan.run_dir = run_dir.absolute()  # a run's folder may have been moved
     return plan

@@ -53,7 +53,7 @@ def read_all(run_dir: Path) -> Plan:
     plan = read_plan(run_dir)
     submitted = read_jobs(plan.run_dir)
     for path in sorted(plan.run_dir.glob("plan-*.json")):
-        other = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+        other = read_plan(plan.run_dir, path.name)
         plan.steps |= {id: step for id, step in other.steps.items() if id in submitted and id not in plan.steps}
     return plan
 

@@ -7,12 +7,9 @@ MASTER_ADDR and MASTER_PORT set (torch's env:// rendezvous).
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import logging
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -20,28 +17,21 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from launch.outcome import ERROR, FAILED, MISTAKE, STOPPED
+from launch.run import LOCK, lock, read_plan
 from pipeline.artifact import write_json
 from pipeline.context import Context, Preempted, device_for, log
 from pipeline.errors import InputError, full_disk_message
 from pipeline.run import run_step
 from pipeline.stages import Plan, Step
 
-LOCK = ".lock"
 _LOCK_SECONDS = 5
 
 
 def main(plan_path: Path) -> NoReturn:
     """Run all pending steps of the plan file, and end the process."""
-    plan = read(plan_path)
+    plan = read_plan(plan_path.parent, plan_path.name)
     context = join()
     leave(run_all(plan, [step.id for step in plan.pending()], context), context)
-
-
-def read(plan_path: Path) -> Plan:
-    """The plan at `plan_path`; its run's folder is where the file lies, even if both were moved."""
-    plan = Plan.from_json(json.loads(plan_path.read_text(encoding="utf-8")))
-    plan.run_dir = plan_path.absolute().parent
-    return plan
 
 
 def join(part: tuple[int, int] | None = None) -> Context:
@@ -122,24 +112,19 @@ def _alone(folder: Path, context: Context) -> Iterator[None]:
     if context.part is not None:
         yield
         return
-    with (folder / LOCK).open("a") as lock:
-        if not context.share(context.is_main and _locked(lock)):
+    with (folder / LOCK).open("a") as file:
+        if not context.share(context.is_main and _locked(file)):
             raise InputError(
                 f"{folder}: another job is at work on this step; wait for it, or cancel it with: flearn cancel {folder.parent}"
             )
         yield
 
 
-def _locked(lock: IO[str]) -> bool:
-    for _ in range(_LOCK_SECONDS * 10):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return True
-    return False
+def _locked(file: IO[str]) -> bool:
+    try:
+        return lock(file.fileno(), _LOCK_SECONDS)
+    except OSError:  # a file system without locks
+        return True
 
 
 def _log_to(handler: logging.Handler, context: Context) -> None:

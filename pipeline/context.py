@@ -42,7 +42,7 @@ class Context:
         return self.rank == 0
 
     def listen(self) -> None:
-        """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop at the next safe point; a second one stops at once."""
+        """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop at the next safe point; a further SIGINT stops at once."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
 
@@ -151,7 +151,6 @@ def reset_peak_memory(device: str) -> None:
 
 def device_for(local_rank: int) -> str:
     """This rank's device: its GPU where there is one, else the CPU."""
-
     import torch
 
     return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"

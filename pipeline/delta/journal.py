@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipeline.artifact import MANIFEST, sync_folder, write_json
+from pipeline.artifact import MANIFEST, sync, write_json
 from pipeline.errors import InputError
 from pipeline.weights.aside import sweep
 from pipeline.weights.shard import Shard
@@ -77,8 +77,8 @@ class Journal:
             pass
         finally:
             aside.unlink()
-        sync_folder(self._folder)
-        sync_folder(self.out)
+        sync(self._folder)
+        sync(self.out)
 
     def _require_same(self, found: dict[str, Any], recipe: dict[str, Any], state: str) -> None:
         differing = [key for key in sorted({*found, *recipe}) if _identity(found.get(key)) != _identity(recipe.get(key))]
@@ -111,13 +111,13 @@ class Journal:
                 target = self.out / path.relative_to(aside)
                 target.parent.mkdir(exist_ok=True)
                 os.replace(path, target)
-                sync_folder(target.parent)
+                sync(target.parent)
             write_json(aside / MANIFEST, manifest)
             os.replace(aside / MANIFEST, self.out / MANIFEST)
-            sync_folder(self.out)
+            sync(self.out)
         sweep(self.out)
         shutil.rmtree(self._folder, ignore_errors=True)
-        sync_folder(self.out)
+        sync(self.out)
 
     @contextmanager
     def _unless_complete(self) -> Iterator[None]:

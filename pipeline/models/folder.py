@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.artifact import sync_folder
+from pipeline.artifact import sync
 
 
 @contextmanager
@@ -25,19 +25,10 @@ def write_folder(folder: Path) -> Iterator[Path]:
         for file in aside.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)  # safetensors writes for the owner alone; a model folder is often shared
-            _sync(file)
-        sync_folder(aside)
+            sync(file)
+        sync(aside)
         os.replace(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    sync_folder(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    """Force `path`'s content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import sync_folder, write_json
+from pipeline.artifact import sync, write_json
 from pipeline.context import Context, log
 from pipeline.errors import InputError
 
@@ -66,7 +66,7 @@ class Checkpoints:
         saved = Saved(folder, step, self._context.world_size)
         if self._context.is_main:
             write_json(folder / _MANIFEST, {"step": step, "num_ranks": saved.num_ranks, "files": _sizes(folder)})
-            sync_folder(self.folder)
+            sync(self.folder)
             self._remove_all_but(saved)
         self._context.barrier()
         return saved
@@ -129,9 +129,5 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _sync(folder: Path) -> None:
     """Force the content of `folder` to the disk."""
     for path in folder.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_folder(folder)
+        sync(path)
+    sync(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from pipeline.artifact import sync_folder
+from pipeline.artifact import sync
 
 Self = TypeVar("Self", bound="AsideFile")
 
@@ -48,7 +48,7 @@ class AsideFile:
         os.fchmod(self.descriptor, 0o644)
         os.replace(self.temporary, self.path)
         self._close()
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     def abandon(self) -> None:
         """Remove what was written."""

@@ -7,10 +7,8 @@ file is in place the folder carries a mark, by which readers refuse it.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.artifact import sync_folder, write_json
+from pipeline.artifact import replacing, sync, write_json
 from pipeline.context import Context
 from pipeline.errors import InputError
 from pipeline.weights.aside import sweep
@@ -81,7 +79,7 @@ def write_model(
     if extras_from is not None:
         copy_extras(extras_from, folder, main_dtype(shards))
     (folder / INCOMPLETE).unlink(missing_ok=True)
-    sync_folder(folder)
+    sync(folder)
 
 
 def converted(source: TensorSource, dtype: str) -> list[TensorInfo]:
@@ -138,7 +136,7 @@ def _claim(folder: Path, shards: Sequence[Shard]) -> None:
         names = ", ".join(sorted({path.name for path in stale} | set(foreign)))
         raise InputError(f"{folder}: holds other weights ({names}); choose another folder or delete it")
     mark.touch()
-    sync_folder(folder)
+    sync(folder)
     for path in [*stale, *(folder / name for name in foreign)]:
         path.unlink(missing_ok=True)
     sweep(folder)
@@ -172,15 +170,5 @@ def _with_dtype(path: Path, dtype: str) -> dict[str, Any]:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy one file, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as out, source.open("rb") as data:
-            shutil.copyfileobj(data, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(target) as out, source.open("rb") as data:
+        shutil.copyfileobj(data, out)
