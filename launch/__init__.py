@@ -1,4 +1,8 @@
 """Where it runs: the command line, and the ways to start a run's processes. Imports `pipeline/`, never the reverse.
 
-From Python: `from launch.submit import submit` (see there).
+From Python: `from launch import submit`.
 """
+
+from launch.chain import Submitted, submit
+
+__all__ = ["Submitted", "submit"]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import scheduler
+from launch.chain import read_jobs
 from launch.run import LOCK
 from launch.status import is_alive, read_all
-from launch.submit import read_jobs
 from pipeline.errors import InputError
 
 

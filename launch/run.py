@@ -45,16 +45,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show_scripts(experiment: Experiment, plan: Plan) -> int:
-    from launch import submit
+    from launch import chain
 
-    for step, script in submit.scripts(experiment, plan):
+    for step, script in chain.scripts(experiment, plan):
         print(f"\n# ---- {step.id}\n{script}")
     return 0
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from launch import report
-    from launch.submit import submit
+    from launch import report, submit
 
     submitted = submit(arguments.config, arguments.overrides, arguments.on)
     if arguments.on == "local":

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from launch import scheduler
+from launch.chain import job_files, read_jobs
 from launch.outcome import ERROR
 from launch.run import LOCK, read_plan
 from launch.scheduler import JobState
-from launch.submit import job_files, read_jobs
 from pipeline.errors import InputError
 from pipeline.stages import Plan, Step
 

@@ -1,6 +1,6 @@
 """Submit an experiment's stages as jobs, through submitit: a chain on SLURM, or one after another on this machine.
 
-from launch.submit import submit
+from launch import submit
 run = submit("configs/quickstart.yaml", ["forget.scale=0.5"], on="slurm")
 print(run.run_dir, run.jobs)    # {"teach-...": "1234", ...}; then: flearn status RUN_DIR
 """
