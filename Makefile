@@ -1,11 +1,12 @@
-# make quickstart: set up and run the whole thing; make test: every test; make check: format, lint, types; make bench: speed.
+# make quickstart: set up and run the whole thing; make test: every test; make check: format, lint, types; make bench: speed;
+# make slurm-up, slurm-down: a SLURM cluster on this machine.
 # Everything happens inside .venv/; the tested versions of all dependencies are in constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-unit check bench setup clean
+.PHONY: quickstart test test-unit check bench setup slurm-up slurm-down clean
 
 quickstart: $(READY)
 	$(BIN)/flearn run configs/quickstart.yaml
@@ -25,6 +26,12 @@ bench: $(READY)
 	@for program in tests/bench/*.py; do $(BIN)/python $$program || exit 1; done
 
 setup: $(READY)
+
+slurm-up:
+	@slurm/dev/cluster.sh up
+
+slurm-down:
+	@slurm/dev/cluster.sh down
 
 # torch comes first and by its exact version: left to resolve it, pip may pick another build, and deepspeed's setup looks for it.
 $(READY): setup.cfg pyproject.toml constraints.txt

@@ -11,11 +11,6 @@
 # What is particular to your cluster goes into one file: --set cluster.site=slurm/sites/<yours>.yaml
 set -euo pipefail
 
-config=configs/llama2_7b_zsre.yaml
-if [[ $# -gt 0 && $1 != --* ]]; then
-    config=$1
-    shift
-fi
-
+[[ ${1:--} != -* ]] || set -- configs/llama2_7b_zsre.yaml "$@"
 cd "${SLURM_SUBMIT_DIR:?}"
-PATH=$PWD/.venv/bin:$PATH exec flearn run "$config" --on slurm "$@"
+PATH=$PWD/.venv/bin:$PATH exec flearn run --on slurm "$@"

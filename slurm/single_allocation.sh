@@ -14,12 +14,7 @@
 # How many GPUs, which partition: options of sbatch.
 set -euo pipefail
 
-config=configs/llama2_7b_zsre.yaml
-if [[ $# -gt 0 && $1 != --* ]]; then
-    config=$1
-    shift
-fi
-
+[[ ${1:--} != -* ]] || set -- configs/llama2_7b_zsre.yaml "$@"
 cd "${SLURM_SUBMIT_DIR:?}"
 export PATH=$PWD/.venv/bin:$PATH
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -29,7 +24,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 status=0
 # shellcheck disable=SC2016 # each task sets its own rank
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec flearn run "$@"' flearn "$config" "$@" || status=$?
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec flearn run "$@"' flearn "$@" || status=$?
 # 75: saved, and willing to go on (launch/outcome.py).
 if [[ $status -eq 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"
