@@ -88,11 +88,7 @@ def scripts(experiment: Experiment, plan: Plan) -> Iterator[tuple[Step, str]]:
     chain = _Chain(plan, plan.run_dir / PLAN, experiment)
     chain.jobs = {step.id: f"<{step.id}>" for step in plan.pending()}
     for step in plan.pending():
-        executor = chain.executor(step)
-        num_parts = len(chain.calls(step))
-        if num_parts > 1:
-            executor.parameters["map_count"] = num_parts
-        yield step, executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+        yield step, script(chain.executor(step), len(chain.calls(step)))
 
 
 class _Chain:
@@ -127,7 +123,7 @@ class _Chain:
 
     def _submit(self, step: Step) -> str:
         executor = self.executor(step)
-        with _own_environment(), _refusals(step), executor.batch():
+        with own_environment(), refusals(step.id), executor.batch():
             jobs = [executor.submit(call) for call in self.calls(step)]
         return str(jobs[0].job_id).split("_")[0]
 
@@ -139,20 +135,33 @@ class _Chain:
         return [StageJob(self.plan_path, step.id, part) for part in parts]
 
     def executor(self, step: Step) -> Any:
-        import submitit
-
-        try:
-            executor = submitit.SlurmExecutor(folder=self.plan.run_dir / LOGS, python=self.site.python)
-        except RuntimeError:
-            raise InputError("no srun here: submit from a login node of a SLURM cluster, or use --on here") from None
         parameters = place.parameters(step.stage, self.experiment.cluster, self.site)
         waits = sorted({self.jobs[source.id] for source in step.inputs.values() if source.id in self.jobs})
         if waits:
             parameters["dependency"] = "afterok:" + ":".join(waits)
             if self.site.kill_on_invalid_dependency:
                 parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
-        executor.update_parameters(job_name=f"{self.experiment.name}:{step.stage}", **parameters)
-        return executor
+        return executor(self.plan.run_dir / LOGS, self.site, job_name=f"{self.experiment.name}:{step.stage}", **parameters)
+
+
+def executor(folder: Path, site: Site, **parameters: Any) -> Any:
+    """submitit's executor for jobs of one shape (`place.parameters`); `folder` takes their scripts and what they print."""
+    import submitit
+
+    try:
+        made = submitit.SlurmExecutor(folder=folder, python=site.python)
+    except RuntimeError:
+        raise InputError("no srun here: submit from a login node of a SLURM cluster, or use --on here") from None
+    made.update_parameters(**parameters)
+    return made
+
+
+def script(executor: Any, num_jobs: int = 1) -> str:
+    """The sbatch script that `executor` would submit, for one job or an array."""
+    if num_jobs > 1:
+        executor.parameters["map_count"] = num_jobs
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+    return text
 
 
 def _settled(jobs: dict[str, str]) -> dict[str, scheduler.JobState]:
@@ -166,7 +175,7 @@ def _settled(jobs: dict[str, str]) -> dict[str, scheduler.JobState]:
 
 
 @contextmanager
-def _own_environment() -> Iterator[None]:
+def own_environment() -> Iterator[None]:
     """Without the variables of the job we may be inside of, which sbatch would take for options; SLURM_CONF stays."""
     saved = dict(os.environ)
     for name in saved:
@@ -179,7 +188,7 @@ def _own_environment() -> Iterator[None]:
 
 
 @contextmanager
-def _refusals(step: Step) -> Iterator[None]:
+def refusals(of: str) -> Iterator[None]:
     """sbatch's own words, as one line."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -188,7 +197,7 @@ def _refusals(step: Step) -> Iterator[None]:
             yield
     except (FailedJobError, FailedSubmissionError) as error:
         said = [line.strip() for line in str(error).splitlines() if "error:" in line]
-        raise InputError(f"SLURM refused the job of {step.id}: {'; '.join(said) or ' '.join(str(error).split())}") from None
+        raise InputError(f"SLURM refused the job of {of}: {'; '.join(said) or ' '.join(str(error).split())}") from None
 
 
 def _run_here(plan: Plan, plan_path: Path, experiment: Experiment) -> dict[str, str]:

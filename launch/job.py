@@ -28,7 +28,7 @@ class StageJob:
 
     def __call__(self) -> NoReturn:
         """Run the step as this task's rank, and end the process with its exit code."""
-        _export_ranks()
+        export_ranks()
         from launch import worker
 
         context = worker.join(self.part)
@@ -49,7 +49,7 @@ def _publish(plan: Plan, step: str) -> None:
         report.publish(plan)
 
 
-def _export_ranks() -> None:
+def export_ranks() -> None:
     """torch's env:// variables from the scheduler's. Nothing else tells DeepSpeed its rank: no ssh, hostfile or mpi4py.
 
     CUDA_VISIBLE_DEVICES stays as it is: a rank takes the GPU of its local rank, or the only one that it can see.
