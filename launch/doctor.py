@@ -1,10 +1,11 @@
-"""`flearn doctor [CONFIG]`: what this machine lacks, and the memory, disk and time that each stage of an experiment will want."""
+"""`flearn doctor [CONFIG]`: what this machine or cluster lacks, and the memory, disk and time that each stage will want."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,56 +13,84 @@ from launch import machine
 from launch.machine import Row
 
 if TYPE_CHECKING:
-    from pipeline.config import Experiment
+    from launch.forecast import Capacity
+    from pipeline.config import Cluster, Experiment
 
 _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 
 
 def add_parser(commands: Any) -> None:
     """Add `doctor` to the command line."""
-    parser = commands.add_parser("doctor", help="check this machine, and estimate what an experiment will want")
+    parser = commands.add_parser("doctor", help="check this machine or cluster, and estimate what an experiment will want")
     parser.add_argument("config", type=Path, nargs="?", help="the experiment's YAML")
+    on = "here: this machine (default); slurm: the cluster, by a job of a few seconds in a fine-tuning's shape"
+    parser.add_argument("--on", choices=["here", "slurm"], default="here", help=on)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a field of the config")
+    memory = "estimate for GPUs of this memory, such as 80GB, instead of what is found"
+    parser.add_argument("--gpu-memory", metavar="SIZE", help=memory)
     parser.set_defaults(handler=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from pipeline import config
+    from pipeline.weights.shard import parse_size
 
     experiment = config.load(arguments.config, arguments.overrides) if arguments.config is not None else None
+    gpu_bytes = parse_size(arguments.gpu_memory) if arguments.gpu_memory is not None else None
     worst = 0
-    for row in rows(experiment):
+    for row in rows(experiment, arguments.on, gpu_bytes):
         print(render(row), flush=True)
         worst = max(worst, row.state == "fail")
     return worst
 
 
-def rows(experiment: Experiment | None) -> Iterator[Row]:
-    """Every finding, in the order they are shown."""
+def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None = None) -> Iterator[Row]:
+    """Every finding, in the order they are shown. `gpu_bytes` is the memory of GPUs that are not there yet."""
     from pipeline.config import Cluster
 
     cluster = experiment.cluster if experiment is not None else Cluster()
+    capacity: Capacity | None
+    if on == "here":
+        capacity = yield from _rows_here(cluster)
+    else:
+        from launch import cluster_check
+
+        capacity = yield from cluster_check.rows(cluster, inputs(experiment))
+    if experiment is not None and capacity is not None:
+        from launch import forecast
+
+        if gpu_bytes is not None:
+            capacity = capacity._replace(device_bytes=gpu_bytes, flops=None)
+        yield from forecast.rows(experiment, capacity)
+
+
+def _rows_here(cluster: Cluster) -> Generator[Row, None, Capacity]:
+    from launch.forecast import Capacity
+
     runs_dir = Path(cluster.runs_dir).absolute()
     devices = machine.find_devices()
     yield from machine.rows(runs_dir, cluster.ranks, devices)
-    if experiment is not None:
-        from launch import forecast
+    return Capacity(
+        device_bytes=min(devices.memory_bytes) if devices.names else None,
+        host_bytes=machine.host_memory_bytes(),
+        disk_bytes=shutil.disk_usage(machine.existing(runs_dir)).free,
+        flops=machine.measure_flops(),
+    )
 
-        yield from forecast.rows(
-            experiment,
-            forecast.Capacity(
-                device_bytes=min(devices.memory_bytes) if devices.names else None,
-                host_bytes=machine.host_memory_bytes(),
-                disk_bytes=shutil.disk_usage(machine.existing(runs_dir)).free,
-                flops=machine.measure_flops(),
-            ),
-        )
+
+def inputs(experiment: Experiment | None) -> tuple[Path, ...]:
+    """The files and folders of this disk that the experiment reads."""
+    from pipeline.models.packaged import resolve
+
+    if experiment is None:
+        return ()
+    facts = experiment.facts.path
+    named = [*(facts if isinstance(facts, list) else [facts]), resolve(experiment.model.path) if experiment.model.path else ""]
+    return tuple(Path(path) for path in named if Path(path).is_absolute())
 
 
 def render(row: Row) -> str:
     """One finding as one line, and what to do about it as another."""
-    import sys
-
     state = f"{row.state:<4}"
     if sys.stdout.isatty():
         state = f"\033[{_COLOURS[row.state]}m{state}\033[0m"

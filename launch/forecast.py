@@ -34,8 +34,8 @@ class Capacity(NamedTuple):
     device_bytes: int | None
     host_bytes: int
     disk_bytes: int
-    flops: float
-    """Floating-point operations a second of one rank's device, in a large matrix product."""
+    flops: float | None
+    """Floating-point operations a second of one rank's device, in a large matrix product; None: not measured."""
 
 
 class Data(NamedTuple):
@@ -65,7 +65,8 @@ def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
     needs = [_need(experiment, step, shape, data, capacity) for step in pending if step.stage in _ESTIMATED]
     yield from _merged(needs, capacity, experiment)
     yield disk_row(pending, shape, data, capacity.disk_bytes)
-    yield Row("time for this run", "ok", f"about {duration(sum(need.seconds for need in needs))}, and the start of each stage")
+    if capacity.flops is not None:
+        yield Row("time for this run", "ok", f"about {duration(sum(need.seconds for need in needs))}, and the start of each stage")
 
 
 def shape_of(model: Model) -> Shape | str:
@@ -153,15 +154,23 @@ def _training(experiment: Experiment, step: Step, shape: Shape, data: Data, capa
 
 def _evaluation(experiment: Experiment, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
     settings = Evaluate.model_validate(step.section["evaluate"])
-    width = 2 if settings.precision == "bf16" else 4
-    tokens = settings.batch_size * (data.record_tokens + settings.max_new_tokens)
-    cache = 2 * width * shape.num_layers * shape.hidden_size * tokens
-    logits = 8 * shape.vocab_size * settings.batch_size * estimate.ANSWER_TOKENS
+    weights, working = _evaluation_bytes(settings, shape, data)
     seen = data.num_facts * data.questions * (data.record_tokens * len(settings.protocols) + settings.max_new_tokens)
     seconds = 2.0 * shape.num_parameters * seen / _rate(capacity, experiment.cluster.ranks)
-    detail = f"weights {size(width * shape.num_parameters)}, working {size(estimate.PROCESS_BYTES + cache + logits)}"
-    advice = "--set evaluate.batch_size=8, or evaluate.precision=bf16 (which rounds a small subtraction away)"
-    return Need(step, width * shape.num_parameters + cache + logits + estimate.PROCESS_BYTES, seconds, detail, advice)
+    advice = "no setting makes it fit here: a GPU with more memory, or a smaller model"
+    for change, warning in (({"batch_size": 4}, ""), ({"batch_size": 4, "precision": "bf16"}, " (bf16 rounds a small subtraction away)")):
+        if sum(_evaluation_bytes(settings.model_copy(update=change), shape, data)) <= _TIGHT * _limit(capacity, experiment):
+            advice = f"would fit with {' '.join(f'--set evaluate.{name}={value}' for name, value in change.items())}{warning}"
+            break
+    return Need(step, weights + working, seconds, f"weights {size(weights)}, working {size(working)}", advice)
+
+
+def _evaluation_bytes(settings: Evaluate, shape: Shape, data: Data) -> tuple[int, int]:
+    """Weights, and what works on them: keys and values, logits, the process itself."""
+    width = 2 if settings.precision == "bf16" else 4
+    cache = 2 * width * shape.num_layers * shape.hidden_size * settings.batch_size * (data.record_tokens + settings.max_new_tokens)
+    logits = 8 * shape.vocab_size * settings.batch_size * estimate.ANSWER_TOKENS
+    return width * shape.num_parameters, estimate.PROCESS_BYTES + cache + logits
 
 
 def _merged(needs: list[Need], capacity: Capacity, experiment: Experiment) -> Iterator[Row]:
@@ -194,7 +203,9 @@ def _limit(capacity: Capacity, experiment: Experiment) -> int:
 
 
 def _rate(capacity: Capacity, ranks: int) -> float:
-    """Operations a second of all ranks: a GPU each, or together the cores, whose speed was measured together."""
+    """Operations a second of all ranks: a GPU each, or together the cores, whose speed was measured together. Unknown: infinite."""
+    if capacity.flops is None:
+        return float("inf")
     return capacity.flops * _EFFICIENCY * (ranks if capacity.device_bytes is not None else 1)
 
 

@@ -85,6 +85,11 @@ def _tested_versions(constraints: Path) -> dict[str, str]:
     return {name: versions[name] for name in _NEEDED if name in versions}
 
 
+def versions() -> dict[str, str | None]:
+    """What is installed of Python and of the packages that a run needs, by name; None for one that is not."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _NEEDED}
+
+
 def _version(name: str) -> str | None:
     """The installed version without its local part (`2.13.0+cpu` is 2.13.0)."""
     try:
@@ -103,16 +108,35 @@ def find_devices() -> Devices:
     return Devices([one.name for one in properties], [one.total_memory for one in properties])
 
 
+def driver_version() -> str | None:
+    """The NVIDIA kernel driver's version; None where there is none."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
+
+
+def nccl_version() -> str | None:
+    """The version of torch's NCCL; None for a torch without CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
 def device_row(devices: Devices, ranks: int) -> Row:
     """GPUs, or why there are none."""
     import torch
 
     if devices.names:
-        found = f"{len(devices.names)} x {devices.names[0]}, {devices.memory_bytes[0] / _GIB:.0f} GiB each, CUDA {torch.version.cuda}"
+        found = f"{len(devices.names)} x {devices.names[0]}, {devices.memory_bytes[0] / _GIB:.0f} GiB each"
+        found += f", CUDA {torch.version.cuda}, driver {driver_version()}, NCCL {nccl_version()}"
         if len(devices.names) < ranks:
             return Row("devices", "fail", found, f"cluster.ranks is {ranks}, one GPU each: set cluster.ranks={len(devices.names)}")
         return Row("devices", "ok", found)
-    if Path("/proc/driver/nvidia/version").exists():
+    if driver_version() is not None:
         what = "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) cannot use it"
         return Row("devices", "fail", f"an NVIDIA driver is loaded, but torch {what}", "install the torch build for your CUDA version")
     return Row("devices", "ok", "no GPU: everything runs on the CPU, which suits tiny and small models")

@@ -73,6 +73,11 @@ def requeue(job_id: str) -> bool:
     return _run(["scontrol", "requeue", job_id]).returncode == 0
 
 
+def signal(job_id: str) -> bool:
+    """Send SIGUSR2 to every task of this job, as SLURM does before its time limit."""
+    return _run(["scancel", "--signal=USR2", job_id]).returncode == 0
+
+
 def cancel(job_ids: Iterable[str]) -> None:
     """Cancel jobs; those that have ended already are no error."""
     ids = list(job_ids)
@@ -80,9 +85,22 @@ def cancel(job_ids: Iterable[str]) -> None:
         _run(["scancel", *ids])
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def settings() -> dict[str, str]:
+    """The controller's configuration, as `scontrol show config` prints it."""
+    pairs = (line.partition("=") for line in _run(["scontrol", "show", "config"]).stdout.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def objection(script: str) -> str | None:
+    """What sbatch has against a script, as one line, without submitting it; None if it would be accepted."""
+    done = _run(["sbatch", "--test-only"], script)
+    said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+    return "; ".join(said) if done.returncode else None
+
+
+def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         raise InputError(f"{command[0]}: not found: this machine has no SLURM; start it on a login node") from None
     except subprocess.TimeoutExpired:

@@ -185,3 +185,23 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     lines = capsys.readouterr().out.splitlines()
     assert {"python", "packages", "devices", "cores", "memory", "disk", "SLURM"} <= {line[6:].split(":")[0] for line in lines}
     assert main(["doctor", str(tmp_path / "absent.yaml")]) == 2
+
+
+def test_gpus_that_are_not_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B))
+    root = Path(__file__).parents[3]
+    options = [
+        "model.path=" + str(tmp_path),
+        f"facts.path={root}/configs/facts/world_updates.jsonl",
+        "facts.format=auto",
+        "cluster.ranks=4",
+    ]
+    command = ["doctor", str(root / "configs/llama2_7b_zsre.yaml"), *(part for option in options for part in ("--set", option))]
+    main([*command, "--gpu-memory", "80GB"])
+    found = capsys.readouterr().out
+    assert "ok    teach: 45.9 GB a rank of 80.0 GB" in found and "time for this run" not in found
+    assert main([*command, "--gpu-memory", "24GB"]) == 1
+    found = capsys.readouterr().out
+    assert "fail  teach: 45.9 GB a rank of 24.0 GB" in found
+    assert "--set evaluate.batch_size=4 --set evaluate.precision=bf16" in found  # 27 GB of weights in fp32
+    assert main([*command, "--gpu-memory", "much"]) == 2
