@@ -1,0 +1,211 @@
+"""What a cluster's nodes see and do: a small job in the shape of a fine-tuning's, each of whose ranks leaves a report.
+
+`flearn doctor --on slurm` submits it; `launch/cluster_check.py` judges the reports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launch import chain, machine, place, scheduler, worker
+from launch.job import export_ranks
+from launch.scheduler import JobState
+from launch.site import Site
+from pipeline.artifact import write_json
+from pipeline.config import Cluster
+from pipeline.context import Context
+from pipeline.errors import InputError
+
+_MINUTES = 10
+"""The job's time limit; it ends by itself within seconds of its start."""
+_SECONDS_FOR_SIGNAL = 30
+_SECONDS_FOR_FILES = 10
+"""How long a shared folder may take to show what another node wrote."""
+_SECONDS_TO_JOIN = 240
+_POLL_SECONDS = 0.5
+
+
+@dataclass
+class Report:
+    """One rank's findings; what is below `joined` is known once the ranks have found each other."""
+
+    rank: int
+    host: str
+    num_cores: int
+    host_bytes: int
+    """Memory that the job may use on this node."""
+    disk_bytes: int
+    """Free where runs are kept."""
+    missing: list[str]
+    """Those of the config's files that this node does not see."""
+    versions: dict[str, str | None]
+    gpus: list[str]
+    gpu_bytes: list[int]
+    driver: str | None
+    nccl: str | None
+    joined: bool = False
+    device: str = "cpu"
+    num_seen: int = 0
+    """Reports of ranks, itself included, that this one finds in the shared folder."""
+    flops: float | None = None
+    """Rank 0 only: floating-point operations a second of its device, as `machine.measure_flops` has it."""
+    signalled: bool = False
+    """Whether SIGUSR2, sent to the job, reached this rank's Python."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A picklable callable for submitit: look around, join the other ranks, wait for a signal. `folder` takes the reports."""
+
+    folder: Path
+    inputs: tuple[Path, ...]
+
+    def __call__(self) -> NoReturn:
+        """Be one rank of the probe, and end the process."""
+        export_ranks()
+        report = look(int(os.environ["RANK"]), self.folder, self.inputs)
+        self._leave(report)
+        context = worker.join()
+        _measure(report, context)
+        context.barrier()
+        report.num_seen = _wait_for_reports(self.folder, context.world_size)
+        self._leave(report)
+        deadline = time.monotonic() + _SECONDS_FOR_SIGNAL
+        while not context.stop and time.monotonic() < deadline:
+            time.sleep(0.1)
+        report.signalled = context.stop
+        self._leave(report)
+        worker.leave(0, context)
+
+    def _leave(self, report: Report) -> None:
+        write_json(self.folder / f"rank{report.rank}.json", dataclasses.asdict(report))
+
+
+def look(rank: int, folder: Path, inputs: tuple[Path, ...]) -> Report:
+    """What can be seen from here without the other ranks."""
+    devices = machine.find_devices()
+    return Report(
+        rank=rank,
+        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        num_cores=len(os.sched_getaffinity(0)),
+        host_bytes=_host_bytes(),
+        disk_bytes=shutil.disk_usage(folder).free,
+        missing=[str(path) for path in inputs if not path.exists()],
+        versions=machine.versions(),
+        gpus=devices.names,
+        gpu_bytes=devices.memory_bytes,
+        driver=machine.driver_version(),
+        nccl=machine.nccl_version(),
+    )
+
+
+def _host_bytes() -> int:
+    """Free memory, or the job's share of the node's, if that is less."""
+    mebibytes = int(os.environ.get("SLURM_MEM_PER_NODE", 0))
+    mebibytes = mebibytes or int(os.environ.get("SLURM_MEM_PER_CPU", 0)) * int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    free = machine.host_memory_bytes()
+    return min(free, mebibytes << 20) if mebibytes else free
+
+
+def _measure(report: Report, context: Context) -> None:
+    """Add up a one from each rank's device, over NCCL where there are GPUs; and the speed of one."""
+    import torch
+    import torch.distributed as dist
+
+    ones = torch.ones(1, device=context.device)
+    dist.all_reduce(ones)
+    report.joined = int(ones.item()) == context.world_size
+    report.device = context.device
+    if context.is_main:
+        report.flops = machine.measure_flops()
+
+
+def _wait_for_reports(folder: Path, wanted: int) -> int:
+    deadline = time.monotonic() + _SECONDS_FOR_FILES
+    while (found := len(list(folder.glob("rank*.json")))) < wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+@dataclass
+class Probed:
+    """A probe that has ended: what its ranks reported, and how its job did."""
+
+    cluster: Cluster
+    site: Site
+    folder: Path
+    job: str = ""
+    state: str = ""
+    """The job's last state, in SLURM's word."""
+    reports: list[Report] = field(default_factory=list)
+
+    @property
+    def hosts(self) -> str:
+        return ", ".join(dict.fromkeys(report.host for report in self.reports))
+
+
+@contextmanager
+def run(cluster: Cluster, site: Site, inputs: tuple[Path, ...]) -> Iterator[Probed]:
+    """Submit the probe, wait for its end, and hand out what was found; its folder is then deleted, unless the job failed.
+
+    Raises InputError if SLURM refuses the job, or there is no folder to write in. An interruption cancels the job.
+    """
+    runs_dir = Path(cluster.runs_dir).expanduser().absolute()
+    folder = runs_dir / f".doctor-{os.uname().nodename}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"cannot write in {runs_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours") from None
+    probed = Probed(cluster, site, folder)
+    try:
+        executor = chain.executor(folder, site, job_name="flearn:doctor", **place.parameters("teach", cluster, site) | {"time": _MINUTES})
+        with chain.own_environment(), chain.refusals("the probe"):
+            probed.job = executor.submit(Probe(folder, inputs)).job_id
+        _follow(probed)
+        yield probed
+    finally:
+        if probed.job:
+            scheduler.cancel([probed.job])
+        if probed.state in ("COMPLETED", ""):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _follow(probed: Probed) -> None:
+    """Wait for the job's end. Once all ranks have found each other it is sent the signal that ends it."""
+    told, asked, started = "", False, 0.0
+    while True:
+        state = scheduler.states([probed.job]).get(probed.job, JobState("COMPLETED"))
+        probed.state, probed.reports = state.state, _read(probed.folder)
+        if not state.is_active:
+            break
+        if state.state == "PENDING" and state.reason not in (told, "None"):
+            told = state.reason
+            print(f"flearn: job {probed.job} waits for its turn: {told}", file=sys.stderr, flush=True)
+        if len(probed.reports) == probed.cluster.ranks and all(report.num_seen for report in probed.reports) and not asked:
+            asked = scheduler.signal(probed.job)
+        if state.state == "RUNNING":
+            started = started or time.monotonic()
+            if time.monotonic() - started > _SECONDS_TO_JOIN:
+                break
+        time.sleep(_POLL_SECONDS)
+    deadline = time.monotonic() + _SECONDS_FOR_FILES
+    while probed.state == "COMPLETED" and not all(report.signalled for report in probed.reports) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        probed.reports = _read(probed.folder)
+
+
+def _read(folder: Path) -> list[Report]:
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("rank*.json")]
+    reports: list[Any] = [Report(**json.loads(text)) for text in texts]
+    return sorted(reports, key=lambda report: report.rank)
