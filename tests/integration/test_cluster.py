@@ -1,0 +1,119 @@
+"""`flearn doctor --on slurm`, `from launch import submit` and what a cluster refuses, on a real SLURM of two nodes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dev_cluster import CLUSTER, MISSING, ROOT, dev_cluster
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: see slurm/dev/cluster.sh"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="naming the virtual nodes in /etc/hosts needs root"),
+]
+
+SMALL = ["facts.limit=12", "methods=[flearn_ft]", "model.tiny.num_layers=2", "cluster.ranks=2", "cluster.nodes=2"]
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[dict[str, str]]:
+    with dev_cluster() as env:
+        yield env
+
+
+def flearn(env: dict[str, str], command: str, *options: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
+    settings = [part for override in [*SMALL, *overrides] for part in ("--set", override)]
+    arguments = [sys.executable, "-m", "launch", command, "configs/quickstart.yaml", "--on", "slurm", *options, *settings]
+    return subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def queue(env: dict[str, str]) -> str:
+    return subprocess.run(["squeue", "--noheader"], env=env, capture_output=True, text=True, check=True).stdout
+
+
+def findings(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]]:
+    """By check: its state, and what it found."""
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("      ->")]
+    return {line[6:].partition(": ")[0]: (line[:4].strip(), line[6:].partition(": ")[2]) for line in lines}
+
+
+def test_doctor_on_a_healthy_cluster(env: dict[str, str], tmp_path: Path) -> None:
+    done = flearn(env, "doctor", overrides=[f"cluster.runs_dir={tmp_path}", "cluster.forget_parts=3"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = findings(done)
+    assert {state for state, _ in found.values()} == {"ok"}, done.stdout
+    assert found["accounting"] == ("ok", "accounting_storage/slurmdbd")
+    assert "2 ranks on n1, n2 joined over gloo" in found["probe job"][1]
+    assert f"{tmp_path} is the same on n1, n2" in found["shared folder"][1]
+    assert found["signals"] == ("ok", "SIGUSR2 reached every rank")
+    assert "a rank of" in found["teach"][1]
+    assert not list(tmp_path.iterdir()) and not queue(env)
+
+
+@pytest.mark.parametrize(
+    ("site", "check", "said"),
+    [
+        ("partition: nowhere", "fine-tuning jobs", "invalid partition specified: nowhere"),
+        ("account: nobody", "fine-tuning jobs", "Invalid account"),
+        ("gpus: gres", "GPUs", "asked for by gres, but torch sees none on n1"),
+        ("python: /nowhere/python3", "probe job", "/nowhere/python3: No such file or directory"),
+        ("srun_args: [--container-image=x]", "probe job", "unrecognized option '--container-image=x'"),
+    ],
+)
+def test_doctor_names_what_is_wrong_with_a_site(env: dict[str, str], tmp_path: Path, site: str, check: str, said: str) -> None:
+    (tmp_path / "site.yaml").write_text(site + "\n")
+    done = flearn(env, "doctor", overrides=[f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={tmp_path / 'site.yaml'}"])
+    assert done.returncode == 1, done.stdout + done.stderr
+    failed = {check: found for check, (state, found) in findings(done).items() if state == "fail"}
+    assert failed.keys() == {check} and said in failed[check], done.stdout
+    assert not queue(env)
+
+
+def test_submitting_from_python(env: dict[str, str], tmp_path: Path) -> None:
+    code = f"""
+from launch import submit
+run = submit("configs/quickstart.yaml", {[*SMALL, f"cluster.runs_dir={tmp_path}"]!r})
+print(run.run_dir, *run.jobs)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    run_dir, *steps = done.stdout.split()
+    assert run_dir == str(tmp_path / "quickstart") and len(steps) == 11
+    assert len(queue(env).splitlines()) >= len(steps) - 1
+    subprocess.run([sys.executable, "-m", "launch", "cancel", run_dir], cwd=ROOT, env=env, check=True)
+    deadline = time.monotonic() + 60
+    while queue(env):
+        assert time.monotonic() < deadline, queue(env)
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cluster.runs_dir=/etc/hosts/runs", "cannot write in /etc/hosts/runs/quickstart"),
+        ("cluster.site=/nowhere/site.yaml", "/nowhere/site.yaml: no such"),
+        ("facts.path=/nowhere/facts.json", "facts.path: no such file or folder: /nowhere/facts.json"),
+    ],
+)
+def test_a_missing_folder_is_one_line(env: dict[str, str], tmp_path: Path, override: str, said: str) -> None:
+    for command in ("run", "doctor"):
+        done = flearn(env, command, overrides=[f"cluster.runs_dir={tmp_path}", override])
+        assert done.returncode == 2 and not queue(env), done.stdout + done.stderr
+        assert done.stderr.startswith("flearn: ") and done.stderr.count("\n") == 1 and said.removesuffix("/quickstart") in done.stderr
+
+
+def test_an_unreachable_controller_is_one_line(env: dict[str, str], tmp_path: Path) -> None:
+    subprocess.run([str(CLUSTER), "down"], env=env, check=True, timeout=60)
+    try:
+        done = flearn(env, "run", overrides=[f"cluster.runs_dir={tmp_path}"])
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("flearn: SLURM's controller does not answer")
+        done = flearn(env, "doctor", overrides=[f"cluster.runs_dir={tmp_path}"])
+        assert done.returncode == 1 and findings(done)["SLURM"][0] == "fail"
+    finally:
+        subprocess.run([str(CLUSTER), "up"], env=env, check=True, timeout=60)
