@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from launch import chain, machine, place, probe, scheduler
 from launch.forecast import Capacity
@@ -69,14 +70,19 @@ def job_rows(cluster: Cluster, site: Site) -> Iterator[Row]:
         executor = chain.executor(Path(cluster.runs_dir).absolute(), site, job_name="flearn:doctor", **parameters)
         with chain.own_environment():
             objection = scheduler.objection(chain.script(executor, parts))
-        shape = f"{parameters['nodes']} node{'s' * (parameters['nodes'] > 1)} x {parameters['ntasks_per_node']}"
-        shape += f" in {parameters.get('partition', 'the default partition')}" + (f", {parts} of them" if parts > 1 else "")
+        shape = _shape(parameters, parts)
         if objection is None:
             yield Row(f"{name} jobs", "ok", f"{shape}: accepted")
         elif objection not in told:
             told.add(objection)
             file = cluster.site or "the site file (a copy of slurm/sites/example.yaml, --set cluster.site=...)"
             yield Row(f"{name} jobs", "fail", f"{shape}: {objection}", f"change {file}, or cluster.ranks and cluster.nodes")
+
+
+def _shape(parameters: dict[str, Any], parts: int) -> str:
+    nodes, tasks = parameters["nodes"], parameters["ntasks_per_node"]
+    each = f"{tasks} task{'s' * (tasks > 1)}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
+    return f"{each} in {parameters.get('partition', 'the default partition')}" + (f", {parts} such" if parts > 1 else "")
 
 
 def judge(probed: Probed) -> Iterator[Row]:

@@ -7,6 +7,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR2@120
 #SBATCH --requeue
+#SBATCH --open-mode=append
 : "${SLURM_JOB_ID:?submit it with: sbatch [--gres=gpu:4 ...] slurm/single_allocation.sh [CONFIG] [--set KEY=VALUE ...]}"
 
 # The whole run inside one allocation, for sites with long queues: every task of the allocation is a rank, and the stages
