@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import machine
 from launch.machine import Row
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from launch.forecast import Capacity
@@ -35,6 +36,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from pipeline import config
     from pipeline.weights.shard import parse_size
 
+    if arguments.config is None and (arguments.overrides or arguments.gpu_memory):
+        raise InputError("--set and --gpu-memory need a CONFIG, such as configs/quickstart.yaml")
     experiment = config.load(arguments.config, arguments.overrides) if arguments.config is not None else None
     gpu_bytes = parse_size(arguments.gpu_memory) if arguments.gpu_memory is not None else None
     worst = 0

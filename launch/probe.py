@@ -177,7 +177,7 @@ def run(cluster: Cluster, site: Site, inputs: tuple[Path, ...]) -> Iterator[Prob
     finally:
         if probed.job:
             scheduler.cancel([probed.job])
-        if probed.state in ("COMPLETED", ""):
+        if probed.state in ("COMPLETED", "PENDING", ""):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -59,7 +59,7 @@ def require_controller() -> None:
     """Raise InputError if SLURM's controller does not answer: sbatch would try for minutes."""
     answer = _run(["scontrol", "ping"])
     if " UP" not in answer.stdout:
-        said = " ".join((answer.stdout + answer.stderr).split())
+        said = (answer.stdout + answer.stderr).strip().rpartition("\n")[2]
         raise InputError(f"SLURM's controller does not answer; nothing was submitted ({said})")
 
 

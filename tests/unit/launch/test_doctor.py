@@ -185,6 +185,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     lines = capsys.readouterr().out.splitlines()
     assert {"python", "packages", "devices", "cores", "memory", "disk", "SLURM"} <= {line[6:].split(":")[0] for line in lines}
     assert main(["doctor", str(tmp_path / "absent.yaml")]) == 2
+    assert main(["doctor", "--set", "cluster.ranks=4"]) == 2
 
 
 def test_gpus_that_are_not_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
