@@ -11,7 +11,7 @@ import os
 import sys
 
 from launch import cancel, delta, doctor, facts, logs, models, report, run, status
-from pipeline.errors import InputError, full_disk_message
+from pipeline.errors import InputError, full_disk_message, printable
 
 COMMANDS = (run, status, logs, cancel, report, facts, models, delta, doctor)
 
@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        return _refuse(f"{error.filename}: {error.strerror}")
     except OSError as error:
         message = full_disk_message(error)
         if message is None:
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"flearn: {message}", file=sys.stderr)
+    print(f"flearn: {printable(message)}", file=sys.stderr)
     return 2
 
 

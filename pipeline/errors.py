@@ -23,3 +23,8 @@ def full_disk_message(error: BaseException) -> str | None:
             return "no space left on the disk: free some space, or set cluster.runs_dir to a larger disk, and run again"
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def printable(text: str) -> str:
+    """`text` on one line that any terminal takes: control characters and bytes that are no text are written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -134,7 +134,11 @@ class OutputFile(AsideFile):
         """Raises OSError (ENOSPC, with the file's name) if the disk is too full."""
         self._direct = None
         super().__init__(path, num_bytes)
-        self._direct = _open_direct(self.temporary, os.O_WRONLY, io, num_bytes)
+        try:
+            self._direct = _open_direct(self.temporary, os.O_WRONLY, io, num_bytes)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write_pages(self, view: memoryview, num_bytes: int, offset: int) -> None:
         """Write the first `num_bytes` of `view` at `offset`. Both begin at a page, and `view` holds whole pages."""
@@ -161,7 +165,7 @@ def _open_direct(path: Path, flags: int, io: Io, num_bytes: int) -> int | None:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.EINVAL and io == "direct":
-            raise InputError(f"{path}: this file system does not take direct I/O; use --io buffered") from error
+            raise InputError(f"{path.parent}: this file system does not take direct I/O; use --io buffered") from error
         if error.errno == errno.EINVAL:
             return None
         raise

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from pipeline.delta.journal import Journal
-from pipeline.weights.adapter_config import FILE_NAME
+from pipeline.weights import adapter_config
 from pipeline.weights.open import open_source
 from pipeline.weights.source import TensorSource
 
@@ -19,10 +18,9 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Raises InputError if `path` is no tensor source, or is damaged.
     """
-    found = _inspect_adapter(path) if (path / FILE_NAME).is_file() else _inspect(path)
+    found = _inspect_adapter(path) if (path / adapter_config.FILE_NAME).is_file() else _inspect(path)
     manifest = Journal(path).manifest if path.is_dir() else None
-    recipe = (manifest or {}).get("recipe")
-    return found | ({"made_by": recipe} if recipe is not None else {})
+    return found | ({"made_by": manifest["recipe"]} if manifest is not None else {})
 
 
 def _inspect(path: Path) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def _inspect(path: Path) -> dict[str, Any]:
 
 
 def _inspect_adapter(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    config = adapter_config.load(folder)
     file = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), folder)
     keys = {"base_model": "base_model_name_or_path", "peft_type": "peft_type", "rank": "r", "alpha": "lora_alpha"}
     with closing(open_source(file)) as source:

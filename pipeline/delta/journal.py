@@ -1,6 +1,6 @@
 """What is done and what is not: the output folder's mark, a receipt for each finished shard, and the manifest, last.
 
-    OUT/.incomplete/recipe.json       what is being made; the folder `.incomplete` is also the mark by which readers refuse OUT
+    OUT/.incomplete/recipe/           what is being made; the folder `.incomplete` is also the mark by which readers refuse OUT
     OUT/.incomplete/<shard>.json      receipt: written after the shard was synced and renamed into place
     OUT/manifest.json                 written last: OUT is complete. Then `.incomplete` goes.
 
@@ -10,6 +10,7 @@ no litter. Workers on a shared folder need no lock: whatever two of them do twic
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 from pipeline.artifact import MANIFEST, sync, write_json
+from pipeline.delta.manifest import is_manifest, is_receipt
 from pipeline.errors import InputError
 from pipeline.weights.aside import sweep
 from pipeline.weights.shard import Shard
@@ -37,13 +39,14 @@ class Journal:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest if the output is complete, else None."""
-        return _read(self.out / MANIFEST)
+        """The manifest if the output is complete, else None. (Another program's file of that name is none.)"""
+        manifest = _read(self.out / MANIFEST)
+        return manifest if is_manifest(manifest) else None
 
     @property
     def recipe(self) -> dict[str, Any] | None:
         """What an unfinished output is going to be, or None if none was begun."""
-        return _read(self._folder / "recipe.json")
+        return _read(self._folder / "recipe" / "recipe.json")
 
     def claim(self, recipe: dict[str, Any]) -> dict[str, Any] | None:
         """Begin, or go on with, making `recipe` here; the manifest if that is already done.
@@ -52,13 +55,15 @@ class Journal:
         """
         begun, manifest = self.recipe, self.manifest  # in this order: a worker that completes it now writes one, then removes the other
         if manifest is not None:
-            self._require_same(manifest.get("recipe", {}), recipe, "holds a finished result")
+            self._require_same(manifest["recipe"], recipe, "holds a finished result")
             shutil.rmtree(self._folder, ignore_errors=True)
             return manifest
         if begun is None:
             self._begin(recipe)
             begun = self.recipe
-        self._require_same(begun or {}, recipe, "holds an unfinished result")
+        if begun is None:
+            raise InputError(f"{self._folder}: damaged; {_ADVICE}")
+        self._require_same(begun, recipe, "holds an unfinished result")
         sweep(self.out)
         return None
 
@@ -68,15 +73,15 @@ class Journal:
         foreign = sorted(path.name for path in self.out.glob("*") if path.name != INCOMPLETE)
         if foreign:
             raise InputError(f"{self.out}: is not empty ({', '.join(foreign[:3])}) and was not made by this command; {_ADVICE}")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        aside = self._folder / f".recipe.{uuid4().hex}"
-        write_json(aside, recipe)
-        try:
-            os.link(aside, self._folder / "recipe.json")  # the first of several workers decides
-        except FileExistsError:
-            pass
-        finally:
-            aside.unlink()
+        aside = self._folder / uuid4().hex
+        aside.mkdir(parents=True)
+        write_json(aside / "recipe.json", recipe)
+        try:  # the first of several workers decides; a folder, because not every file system has links, but every one refuses this
+            os.rename(aside, self._folder / "recipe")
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            shutil.rmtree(aside)
         sync(self._folder)
         sync(self.out)
 
@@ -89,12 +94,12 @@ class Journal:
     def receipt(self, shard: Shard) -> dict[str, Any] | None:
         """What was recorded of a finished shard, if it is still there; None if it has to be made."""
         receipt = _read(self._folder / f"{shard.file_name}.json")
-        return receipt if receipt is not None and shard.is_written(self.out) else None
+        return receipt if is_receipt(receipt, [info.name for info in shard.tensors]) and shard.is_written(self.out) else None
 
     def receipts(self) -> dict[str, dict[str, Any]]:
         """All receipts of an unfinished output, by the shard's file name."""
-        files = [path for path in sorted(self._folder.glob("*.json")) if path.name != "recipe.json"]
-        return {path.name.removesuffix(".json"): receipt for path in files if (receipt := _read(path)) is not None}
+        files = sorted(self._folder.glob("*.json"))
+        return {path.name.removesuffix(".json"): receipt for path in files if (receipt := _read(path)) and is_receipt(receipt)}
 
     def record(self, shard: Shard, receipt: dict[str, Any]) -> None:
         """Note that `shard` is in place, with what is to be known of it."""
@@ -139,10 +144,9 @@ def _short(value: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none, or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); delete {path} and run again") from None
     return value if isinstance(value, dict) else None

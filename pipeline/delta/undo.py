@@ -41,8 +41,8 @@ def undo(
         InputError: The base cannot be had back, and why; or as `subtract`.
     """
     manifest = Journal(forgotten).manifest
-    if manifest is None or "recipe" not in manifest:
-        raise InputError(f"{forgotten}: holds no finished result of `flearn delta subtract`")
+    if manifest is None:
+        raise InputError(f"{forgotten}: holds no finished result of `flearn delta subtract`, or its manifest.json is damaged")
     recipe = manifest["recipe"]
     tuned = Path(recipe["tuned"]["path"]) if tuned is None else tuned
     if not tuned.exists():

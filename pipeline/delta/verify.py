@@ -55,7 +55,9 @@ def verify(out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress
 
 def _verify_unfinished(journal: Journal, io: Io) -> Verdict:
     if journal.recipe is None:
-        raise InputError(f"{journal.out}: holds no result of `flearn delta subtract` (no manifest.json)")
+        raise InputError(
+            f"{journal.out}: holds no result of `flearn delta subtract` (its manifest.json is absent, damaged or another program's)"
+        )
     shards = {file: {name: noted["blake3"] for name, noted in receipt.items()} for file, receipt in journal.receipts().items()}
     differing = check_shards(journal.out, shards, io, lambda num_read: None)
     unfinished = f"{journal.out}: not finished, {len(shards)} shards are done; the command that began it goes on with it"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import ItemsView
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +49,17 @@ class AdapterConfig:
     def read(cls, folder: Path) -> AdapterConfig:
         """Raises InputError for another method than LoRA, or one of its variants, by name."""
         path = folder / FILE_NAME
-        values = _load(path)
+        values = load(folder)
         _require_plain(path, values)
-        try:
-            return cls(
-                path=path,
-                use_rslora=bool(values.get("use_rslora")),
-                fan_in_fan_out=bool(values.get("fan_in_fan_out")),
-                _rank=int(values["r"]),
-                _alpha=float(values["lora_alpha"]),
-                _rank_pattern={key: int(rank) for key, rank in (values.get("rank_pattern") or {}).items()},
-                _alpha_pattern={key: float(alpha) for key, alpha in (values.get("alpha_pattern") or {}).items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: r, lora_alpha and their patterns must be numbers ({error})") from error
+        return cls(
+            path=path,
+            use_rslora=bool(values.get("use_rslora")),
+            fan_in_fan_out=bool(values.get("fan_in_fan_out")),
+            _rank=_rank(path, "r", values.get("r")),
+            _alpha=_alpha(path, "lora_alpha", values.get("lora_alpha")),
+            _rank_pattern={key: _rank(path, f"rank_pattern {key!r}", rank) for key, rank in _table(path, values, "rank_pattern")},
+            _alpha_pattern={key: _alpha(path, f"alpha_pattern {key!r}", alpha) for key, alpha in _table(path, values, "alpha_pattern")},
+        )
 
     def rank(self, module: str) -> int:
         """The rank of `module`, named as in the model without PEFT's prefix."""
@@ -77,7 +76,9 @@ class AdapterConfig:
             raise InputError(f"{self.path}: a key of rank_pattern or alpha_pattern is not a regular expression ({error})") from error
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(folder: Path) -> dict[str, Any]:
+    """What the file says, whatever the method. Raises InputError unless it is a JSON object."""
+    path = folder / FILE_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -85,6 +86,29 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: not an adapter's configuration")
     return values
+
+
+def _rank(path: Path, field: str, value: Any) -> int:
+    if type(value) is not int or value <= 0:
+        raise InputError(f"{path}: {field} is {value!r}; ranks are numbers from 1 on")
+    return value
+
+
+def _alpha(path: Path, field: str, value: Any) -> float:
+    try:
+        alpha = float(value) if type(value) in (int, float) else nan
+    except OverflowError:
+        alpha = nan
+    if not isfinite(alpha):
+        raise InputError(f"{path}: {field} is {value!r}; it must be a finite number")
+    return alpha
+
+
+def _table(path: Path, values: dict[str, Any], field: str) -> ItemsView[str, Any]:
+    table = values.get(field) or {}
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: {field} is {table!r}; it must be a table of module names")
+    return table.items()
 
 
 def _require_plain(path: Path, values: dict[str, Any]) -> None:

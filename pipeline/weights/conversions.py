@@ -86,6 +86,11 @@ def _kind(base: TensorSource) -> tuple[str, str]:
         return "", ""
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        return str((config.get("architectures") or [""])[0]), str(config.get("model_type") or "")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{config_path}: not a model's configuration ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{config_path}: not valid JSON ({type(error).__name__}); get it again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{config_path}: not a model's configuration")
+    architectures = config.get("architectures") or [""]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise InputError(f"{config_path}: architectures is {architectures!r}; it must be a list of names")
+    return architectures[0], str(config.get("model_type") or "")

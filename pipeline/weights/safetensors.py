@@ -61,16 +61,19 @@ class SafetensorsSource(StoredSource):
     def __init__(self, path: Path) -> None:
         """Raises InputError for a damaged file, and for shards or tensors that the index names but that are absent (all of them)."""
         super().__init__(path)
+        self._noted: dict[str, str] = {}
         files = find_weight_files(path, SINGLE, INDEX, "*.safetensors")
         for name in files.names:
             self._add_file(PreadFile(files.folder / name), files.weight_map)
         files.require(self.tensors)
-        self.aliases = {alias: owner for alias, owner in self.aliases.items() if alias not in self.tensors and owner in self.tensors}
+        for alias, owner in self._noted.items():
+            if alias not in self.tensors and owner in self.tensors:
+                self.tie(alias, owner)
 
     def _add_file(self, file: PreadFile, weight_map: dict[str, str]) -> None:
         self._files.append(file)
         header = read_header(file)
-        self.aliases.update(header.metadata)  # safetensors' save_model notes there which name stands for which
+        self._noted.update(header.metadata)  # safetensors' save_model notes there which name stands for which
         for info, offset in header.entries:
             if weight_map.get(info.name, file.path.name) != file.path.name:
                 continue

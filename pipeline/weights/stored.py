@@ -107,12 +107,23 @@ class StoredSource:
         self._files: list[PreadFile] = []
 
     def add(self, name: str, shape: tuple[int, ...], stored: StoredTensor) -> None:
-        """Enter a tensor. Raises InputError if its shape and what is stored differ in size."""
+        """Enter a tensor. Raises InputError if its shape and what is stored differ in size, or its name cannot be printed."""
+        self._require_printable(name)
         info = TensorInfo(name, shape, stored.dtype)
         if stored.num_elements != info.num_elements:
             raise InputError(f"{self.path}: {name!r} of shape {shape} has {stored.num_elements} elements; the files are damaged or mixed")
         self.tensors[name] = info
         self._stored[name] = stored
+
+    def tie(self, alias: str, owner: str) -> None:
+        """Enter another name of the tensor `owner`. Raises InputError if it cannot be printed."""
+        self._require_printable(alias)
+        self.aliases[alias] = owner
+
+    def _require_printable(self, name: object) -> None:
+        """A name goes into headers, messages and terminals: no control characters, no halves of surrogate pairs."""
+        if not isinstance(name, str) or not name.isprintable():
+            raise InputError(f"{self.path}: a tensor is named {name!r}, which is not printable text; the file is damaged or hostile")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, in its stored dtype: a new 1-D tensor. An alias reads its owner."""

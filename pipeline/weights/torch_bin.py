@@ -40,7 +40,7 @@ class TorchBinSource(StoredSource):
             if owner == name:
                 self.add(name, tensor.shape, tensor.stored)
             else:
-                self.aliases[name] = owner
+                self.tie(name, owner)
 
 
 def _state_dict(file: TorchFile) -> Mapping[str, ShapedTensor]:
@@ -49,5 +49,5 @@ def _state_dict(file: TorchFile) -> Mapping[str, ShapedTensor]:
         raise InputError(f"{file.file.path}: does not hold a state dict (a table of named tensors)")
     foreign = [name for name, value in content.items() if not isinstance(value, ShapedTensor)]
     if foreign or not content:
-        raise InputError(f"{file.file.path}: not a model's state dict: {', '.join(foreign) or 'it is empty'}")
+        raise InputError(f"{file.file.path}: not a model's state dict: {', '.join(map(repr, foreign)) or 'it is empty'}")
     return content

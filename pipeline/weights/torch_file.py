@@ -184,6 +184,8 @@ def _stand_ins(owner: TorchFile) -> dict[str, Any]:
 
     return {
         "collections.OrderedDict": OrderedDict,
+        "__builtin__.set": set,
+        "builtins.set": set,
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_parameter": parameter,
         "torch._utils._rebuild_parameter_with_state": parameter,

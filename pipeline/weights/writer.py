@@ -90,7 +90,8 @@ def converted(source: TensorSource, dtype: str) -> list[TensorInfo]:
 
 
 def write_shard(source: TensorSource, shard: Shard, folder: Path) -> None:
-    """Write one shard of `source`, cast to the shard's dtypes, in slices of `SLICE_ELEMENTS`."""
+    """Write one shard of `source`, cast to the shard's dtypes, in slices of `SLICE_ELEMENTS`; what killed writers left goes."""
+    sweep(folder)
     with ShardWriter(folder / shard.file_name, shard.tensors) as writer:
         for info in shard.tensors:
             dtype = getattr(torch, info.dtype)

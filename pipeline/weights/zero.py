@@ -20,6 +20,8 @@ from pipeline.weights.zero_files import ZeroFiles, open_zero_files, table
 
 Shape = tuple[int, ...]
 
+_STAGE = {"zero-1": 1, "zero-2": 2, "zero-3": 3}
+
 
 class ZeroSource(StoredSource):
     """The parameters of a ZeRO checkpoint, under the names they had in the running model.
@@ -32,6 +34,7 @@ class ZeroSource(StoredSource):
         files = open_zero_files(path)
         super().__init__(files.folder)
         self.kind = files.kind
+        self.stage = _STAGE.get(files.kind)
         self.world_size = files.world_size
         self.global_steps: int | None = files.models[0].get("global_steps")
         self._files = files.files
@@ -50,7 +53,9 @@ class ZeroSource(StoredSource):
         for name, tensor in _unnamed_frozen(files):
             if name not in self.tensors and name not in shared:
                 self.add(name, tensor.shape, tensor.stored)
-        self.aliases = {alias: owner for alias, owner in shared.items() if owner in self.tensors and alias not in self.tensors}
+        for alias, owner in shared.items():
+            if owner in self.tensors and alias not in self.tensors:
+                self.tie(alias, owner)
 
 
 def _shapes(files: ZeroFiles, name: str) -> list[dict[str, Shape]]:

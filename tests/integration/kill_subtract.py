@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.delta import chunks
 from pipeline.delta.subtract import subtract
 
-CHANGING = ("replace", "fsync", "link", "unlink", "rmdir", "mkdir", "pwrite", "write", "posix_fallocate", "ftruncate")
+CHANGING = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir", "pwrite", "write", "posix_fallocate", "ftruncate")
 
 chunks.CHUNK_BYTES = 1 << 16
 

@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_before_and_after_every_call_that_changes_a_file(models: Path) -> None:
     right = contents(models / "right")
     (whole,) = run_trials(models, [("count", 0, "after")])
-    assert {"replace", "fsync", "link", "pwrite", "posix_fallocate", "mkdir", "unlink"} <= set(whole["calls"])
+    assert {"replace", "rename", "fsync", "pwrite", "posix_fallocate", "mkdir", "unlink"} <= set(whole["calls"])
     moments = [(call, when) for call in range(1, len(whole["calls"]) + 1) for when in ("before", "after")]
     trials = [trial for call, when in moments for trial in ((f"{call}-{when}", call, when), (f"{call}-{when}", 0, "after"))]
     results = run_trials(models, trials)

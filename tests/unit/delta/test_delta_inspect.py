@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from delta_models import layered, save, write_pair
+from zero_checkpoint import Checkpoint
 
 from pipeline.delta.inspect import inspect, render
 from pipeline.delta.subtract import subtract
@@ -32,3 +34,10 @@ def test_a_result_says_how_it_was_made(tmp_path: Path) -> None:
     assert found["made_by"]["tuned"]["path"] == str(tuned)
     assert "0.3" in render(found)
     assert "made_by" not in inspect(base)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_checkpoint_says_its_stage_and_ranks(tmp_path: Path, stage: int) -> None:
+    found = inspect(Checkpoint(stage, 3, [layered(0, torch.float32)]).write(tmp_path))
+    assert (found["kind"], found["stage"], found["world_size"], found["global_steps"]) == (f"zero-{stage}", stage, 3, 2)
+    assert f"zero-{stage}, stage {stage}, world size 3" in render(found)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -106,6 +107,20 @@ def test_the_same_part_twice_at_once_does_no_harm(tmp_path: Path) -> None:
         thread.join()
     assert failures == []
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFS and some FUSE systems have none."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    for name in ("link", "symlink"):
+        monkeypatch.setattr(os, name, refuse)
+    base, tuned = write_pair(tmp_path)
+    assert [subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, part=(i, 2)).state for i in (1, 2)] == ["waiting", "written"]
+    with pytest.raises(InputError, match=r"scale 0\.3 instead of 0\.4"):
+        subtract(base, tuned, 0.4, tmp_path / "out", max_shard_size=SHARD)
 
 
 def test_a_finished_result_is_found_and_not_written_again(tmp_path: Path) -> None:

@@ -171,6 +171,10 @@ BAD_HEADERS = {
     "hole": ({"a": entry(offsets=[0, 8]), "b": entry(offsets=[12, 20])}, b"x" * 20),
     "trailing": ({"a": entry()}, b"123456789"),
     "truncated": ({"a": entry()}, b"1234567"),
+    "name half a surrogate pair": (b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
+    "name of two lines": ({"a\nb": entry()}, b"12345678"),
+    "name that colours the terminal": ({"\x1b[31ma": entry()}, b"12345678"),
+    "alias of two lines": ({"__metadata__": {"b\nc": "a"}, "a": entry()}, b"12345678"),
     "metadata": ({"__metadata__": {"a": 3}, "a": entry()}, b"12345678"),
 }
 

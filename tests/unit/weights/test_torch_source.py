@@ -200,6 +200,7 @@ def test_a_random_pickle_does_no_harm(tmp_path: Path, pickled: bytes) -> None:
 def test_plain_values_and_tensors_with_attributes_are_kept(tmp_path: Path) -> None:
     marked = torch.randn(4)
     marked.note = "kept by DeepSpeed"  # type: ignore[attr-defined]
-    content = TorchFile(saved(tmp_path, {"n": 3, "x": [1.5, None, ("a", True)], "size": torch.Size([2, 3]), "marked": marked})).content
-    assert content["n"] == 3 and content["x"] == [1.5, None, ("a", True)] and content["size"] == (2, 3)
+    saved_content = {"n": 3, "x": [1.5, None, ("a", True)], "names": {"a", "b"}, "size": torch.Size([2, 3]), "marked": marked}
+    content = TorchFile(saved(tmp_path, saved_content)).content
+    assert content["n"] == 3 and content["names"] == {"a", "b"} and content["x"] == [1.5, None, ("a", True)] and content["size"] == (2, 3)
     assert isinstance(content["marked"], ShapedTensor) and torch.equal(content["marked"].stored.read(0, 4), marked)

@@ -20,9 +20,9 @@ from pipeline.errors import InputError, full_disk_message
 from pipeline.weights import writer
 from pipeline.weights.aside import sweep
 from pipeline.weights.open import open_source
-from pipeline.weights.shard import ShardWriter, index_of, parse_size, plan_shards
+from pipeline.weights.shard import Shard, ShardWriter, index_of, parse_size, plan_shards
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo, TensorSource
-from pipeline.weights.writer import INCOMPLETE, write_model
+from pipeline.weights.writer import INCOMPLETE, write_model, write_shard
 
 TENSORS = {"a": torch.randn(4, 3), "b": torch.randn(5).half(), "mask": torch.tensor([True, False, True]), "ids": torch.arange(6)}
 
@@ -102,6 +102,13 @@ def test_a_living_writers_file_is_not_swept_away(tmp_path: Path) -> None:
         sweep(tmp_path)
         shard.write_slice("a", 0, torch.ones(4))
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(4))
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_shard(tmp_path: Path, source: TensorSource) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/.adapter_model.safetensors.abcd1234.tmp").write_bytes(b"half of it")
+    write_shard(source, Shard("adapter_model.safetensors", tuple(source.tensors.values())), tmp_path / "adapter")
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["adapter_model.safetensors"]
 
 
 def test_a_hole_is_not_committed(tmp_path: Path) -> None:
