@@ -26,6 +26,9 @@ status=0
 # shellcheck disable=SC2016 # each task sets its own rank
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec flearn run "$@"' flearn "$@" || status=$?
-# 75: saved, and willing to go on (launch/outcome.py).
-if [[ $status -eq 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# 75: saved, and willing to go on (launch/outcome.py). A job that SLURM no longer means to run must not ask for another turn:
+# a cancelled one would come back.
+if [[ $status -eq 75 && $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") == RUNNING ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$status"
