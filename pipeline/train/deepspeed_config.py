@@ -1,4 +1,4 @@
-"""A user's DeepSpeed JSON made ready: "auto" filled from the experiment, contradictions and what would corrupt silently refused."""
+"""A user's DeepSpeed JSON made ready: "auto" filled from the experiment, contradictions refused."""
 
 from __future__ import annotations
 
@@ -10,42 +10,7 @@ from typing import Any
 from pipeline.config import Training
 from pipeline.errors import InputError
 from pipeline.train.batches import Shape
-
-_UNTESTED_OFFLOAD = "offloading is not tested here yet; leave it out"
-_OWN_MASTERS = "the masters and moments must stay in fp32; leave it out"
-_OTHER_CHECKPOINT = "checkpoints must be torch files that are whole when saving returns; leave it out"
-
-_REFUSED = {
-    "zero_optimization.round_robin_gradients": "DeepSpeed then writes checkpoints whose parameters are mixed up; leave it out",
-    "zero_optimization.elastic_checkpoint": "DeepSpeed cannot load what it then writes; leave it out",
-    "zero_optimization.cpu_offload": _UNTESTED_OFFLOAD,
-    "zero_optimization.cpu_offload_param": _UNTESTED_OFFLOAD,
-    "zero_optimization.zenflow": _UNTESTED_OFFLOAD,
-    "zero_optimization.zero_quantized_weights": "quantized weights are not tested here; leave it out",
-    "zero_optimization.zero_quantized_nontrainable_weights": "quantized weights are not tested here; leave it out",
-    "zero_optimization.zero_quantized_gradients": "quantized gradients are not tested here; leave it out",
-    "fp16.enabled": "fp16 is not supported; set precision to bf16 or fp32",
-    "bfloat16": "an old name; write bf16",
-    "bf16.bf16_master_weights_and_grads": _OWN_MASTERS,
-    "bf16.bf16_optimizer_states": _OWN_MASTERS,
-    "torch_autocast.enabled": "precision decides what is computed in what; leave it out",
-    "amp.enabled": "precision decides what is computed in what; leave it out",
-    "checkpoint.writer": _OTHER_CHECKPOINT,
-    "checkpoint.load_universal": _OTHER_CHECKPOINT,
-    "datastates_ckpt": _OTHER_CHECKPOINT,
-    "compile.deepcompile": "not tested here; leave it out",
-    "data_efficiency.enabled": "batches are made by flearn; leave it out",
-    "curriculum_learning.enabled": "batches are made by flearn; leave it out",
-    "autotuning.enabled": "autotuning starts other runs; leave it out",
-}
-"""Settings that may not be switched on, and why."""
-
-
-_NEEDED = {
-    "zero_optimization.load_from_fp32_weights": "a resumed run would round its masters to bf16; leave it out",
-    "managed_gradient_accumulation": "every micro-batch would become an optimizer step; leave it out",
-}
-"""Settings that may not be switched off, and why."""
+from pipeline.train.deepspeed_keys import keep_allowed
 
 
 @dataclass(frozen=True)
@@ -74,16 +39,13 @@ def make_ready(training: Training, shape: Shape, hidden_size: int) -> Ready:
 
     Raises InputError naming the DeepSpeed key.
     """
-    config = copy.deepcopy(training.deepspeed)
-    warnings = []
-    _refuse(config)
+    config = keep_allowed(copy.deepcopy(training.deepspeed))
+    _require_stage(config)
     adam = _take_optimizer(config, training)
-    if config.pop("scheduler", None) is not None:
-        warnings.append("deepspeed.scheduler is not used: schedule and warmup_ratio decide the learning rate")
+    warnings = list(_drop_unused(config))
     _settle_batch(config, training, shape)
     _settle(config, "gradient_clipping", training.max_grad_norm, "max_grad_norm")
     _settle(config, "bf16.enabled", training.precision == "bf16", "precision")
-    config.pop("fp16", None)
     _fill_buckets(config["zero_optimization"], hidden_size)
     config["zero_allow_untested_optimizer"] = True
     for key, value in _walk(config):
@@ -92,33 +54,27 @@ def make_ready(training: Training, shape: Shape, hidden_size: int) -> Ready:
     return Ready(config, adam, warnings)
 
 
-def _refuse(config: dict[str, Any]) -> None:
-    """Raise for what is known to be fatal or silent, or was never tried."""
-    for key, reason in _REFUSED.items():
-        if _get(config, key) not in (None, False, 0, "auto"):
-            raise InputError(f"deepspeed.{key}: {reason}")
-    for key, reason in _NEEDED.items():
-        if _get(config, key) is False:
-            raise InputError(f"deepspeed.{key}: {reason}")
+def _require_stage(config: dict[str, Any]) -> None:
     stage = _get(config, "zero_optimization.stage")
-    if stage not in (1, 2, 3):
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise InputError(f"deepspeed.zero_optimization.stage: 1, 2 or 3 is needed, not {stage} (stage 1 computes what stage 0 would)")
-    for name in ("offload_optimizer", "offload_param"):
-        if _get(config, f"zero_optimization.{name}.device") not in (None, "none"):
-            raise InputError(f"deepspeed.zero_optimization.{name}: {_UNTESTED_OFFLOAD}")
-    if _get(config, "zero_optimization.zero_hpz_partition_size") not in (None, 0, 1):
-        raise InputError("deepspeed.zero_optimization.zero_hpz_partition_size: secondary partitions are not tested here; leave it out")
-    accumulated = _get(config, "data_types.grad_accum_dtype")
-    if stage == 1 and accumulated in ("fp32", "float32"):
-        raise InputError("deepspeed.data_types.grad_accum_dtype: DeepSpeed's stage 1 writes another checkpoint with it; use stage 2")
+
+
+def _drop_unused(config: dict[str, Any]) -> Iterator[str]:
+    """Take out what is decided elsewhere; warnings for those who thought it would be used."""
+    if config.pop("scheduler", None) is not None:
+        yield "deepspeed.scheduler is not used: schedule and warmup_ratio decide the learning rate"
+    section = config.pop("activation_checkpointing", None)
+    if isinstance(section, dict) and any(section.values()):
+        yield "deepspeed.activation_checkpointing is not used: gradient_checkpointing decides what is kept for the backward pass"
 
 
 def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
     """Remove the optimizer's section and keep what it says. We build torch's AdamW ourselves: DeepSpeed's need a compiler."""
     section = config.pop("optimizer", {})
-    if not isinstance(section, dict):
-        raise InputError(f"deepspeed.optimizer: expected an object, not {section!r}")
-    kind, settings = section.get("type", "AdamW"), dict(section.get("params", {}))
+    if not isinstance(section, dict) or not isinstance(section.get("params", {}), dict):
+        raise InputError(f"deepspeed.optimizer: expected an object with type and params, not {section!r}")
+    kind, settings = str(section.get("type", "AdamW")), dict(section.get("params", {}))
     if kind.lower() not in ("adam", "adamw") or not settings.pop("adam_w_mode", True):
         raise InputError(f"deepspeed.optimizer.type: AdamW is what is supported, not {kind}")
     for name in ("lr", "weight_decay"):
@@ -130,7 +86,14 @@ def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
     if settings:
         raise InputError(f"deepspeed.optimizer.params: no such setting of AdamW here: {', '.join(settings)}; leave it out")
     betas, eps = (chosen.get(name, "auto") for name in ("betas", "eps"))
-    return Adam(Adam.betas if betas == "auto" else (betas[0], betas[1]), Adam.eps if eps == "auto" else eps)
+    try:
+        return Adam(Adam.betas if betas == "auto" else _two(*betas), Adam.eps if eps == "auto" else float(eps))
+    except (TypeError, ValueError):
+        raise InputError(f"deepspeed.optimizer.params: betas are two numbers and eps is one, not {betas!r} and {eps!r}") from None
+
+
+def _two(first: Any, second: Any) -> tuple[float, float]:
+    return float(first), float(second)
 
 
 def _settle_batch(config: dict[str, Any], training: Training, shape: Shape) -> None:

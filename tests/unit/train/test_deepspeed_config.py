@@ -22,15 +22,29 @@ USUAL: dict[str, Any] = {
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
-    "fp16": {"enabled": "auto", "loss_scale": 0},
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95], "eps": "auto", "weight_decay": "auto"}},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
     "zero_optimization": {
         "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
         "reduce_bucket_size": "auto",
         "stage3_prefetch_bucket_size": "auto",
         "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
     },
+    "steps_per_print": 2000,
     "wall_clock_breakdown": False,
 }
 
@@ -50,10 +64,17 @@ def test_every_auto_is_filled() -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {
             "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
             "reduce_bucket_size": 4096,
             "stage3_prefetch_bucket_size": 3686,
             "stage3_param_persistence_threshold": 640,
+            "stage3_max_live_parameters": 1e9,
+            "stage3_max_reuse_distance": 1e9,
+            "stage3_gather_16bit_weights_on_model_save": True,
         },
+        "steps_per_print": 2000,
         "zero_allow_untested_optimizer": True,
         "wall_clock_breakdown": False,
     }
@@ -116,6 +137,70 @@ def test_dangerous_zero_settings_are_refused_by_name(zero: dict[str, Any], named
 def test_other_contradictions_are_refused_by_name(config: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=rf"deepspeed\.{named}: "):
         ready({"zero_optimization": {"stage": 1}, **config})
+
+
+# What silently gives other numbers, other checkpoints or nothing at all, and what was never tried.
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+        ({"pipeline": {"stages": 2}}, "pipeline.stages"),
+        ({"communication_data_type": "fp16"}, "communication_data_type"),
+        ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype"),
+        ({"prescale_gradients": True}, "prescale_gradients"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}}, "compression_training"),
+        ({"curriculum_learning": {"enabled": True}}, "curriculum_learning.enabled"),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler.enabled"),
+        ({"amp": {"enabled": True}}, "amp.enabled"),
+        ({"aio": {"block_size": 1048576}}, "aio.block_size"),
+        ({"checkpoint": {"use_node_local_storage": True}}, "checkpoint.use_node_local_storage"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "zero_optimization.compute_grad_norm"),
+        ({"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}}, "zero_optimization.load_from_fp32_weights"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "zero_optimization.mics_shard_size"),
+        ({"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Block"]}}}, "zero_optimization.leaf_module"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}, "zero_optimization.overlap_comm"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "2e8"}}, "zero_optimization.reduce_bucket_size"),
+        ({"zero_optimization": True}, "zero_optimization"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "optimizer.params"),
+        ({"a_setting_of_tomorrow": 1}, "a_setting_of_tomorrow"),
+    ],
+)
+def test_what_is_not_known_to_be_right_is_refused_by_name(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=rf"deepspeed\.{named}[.\w]*: [^\n]+$"):
+        ready({"zero_optimization": {"stage": 1}} | config)
+
+
+def test_a_slip_of_the_pen_gets_the_right_name() -> None:
+    with pytest.raises(
+        InputError, match=r"stage3_max_live_paramters: unknown; did you mean zero_optimization.stage3_max_live_parameters\?"
+    ):
+        ready({"zero_optimization": {"stage": 3, "stage3_max_live_paramters": 1e9}})
+
+
+def test_what_says_nothing_is_fine_and_does_not_reach_deepspeed() -> None:
+    nothing = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2},
+        "amp": {"enabled": "auto", "opt_level": "auto"},
+        "flops_profiler": {"enabled": False, "profile_step": 1},
+        "communication_data_type": None,
+        "gradient_predivide_factor": 1.0,
+        "data_types": {"grad_accum_dtype": None},
+        "tensor_parallel": {},
+    }
+    zero = {"stage": 3, "offload_param": {"device": "none", "pin_memory": True}, "cpu_offload": False, "zero_hpz_partition_size": 1}
+    made = ready({"zero_optimization": zero, **nothing}, precision="fp32")
+    assert not nothing.keys() & made.config.keys() and made.config["zero_optimization"] == {"stage": 3}
+
+
+def test_activation_checkpointing_is_gradient_checkpointing_here() -> None:
+    section = {"partition_activations": True, "cpu_checkpointing": False}
+    made = ready({"zero_optimization": {"stage": 2}, "activation_checkpointing": section})
+    assert "activation_checkpointing" not in made.config
+    assert [warning.partition(" is not used")[0] for warning in made.warnings] == ["deepspeed.activation_checkpointing"]
 
 
 def test_offload_to_nowhere_and_agreeing_values_are_fine() -> None:
