@@ -12,8 +12,8 @@ from hashlib import sha256
 from typing import Literal
 
 import numpy as np
-import torch
 
+from pipeline.delta.floats import NARROW, Array, narrow, narrow_randomly, widen
 from pipeline.delta.survival import Survival
 
 Rounding = Literal["nearest", "stochastic"]
@@ -21,7 +21,7 @@ Rounding = Literal["nearest", "stochastic"]
 BLOCK_ELEMENTS = 1 << 17
 """Elements computed at a time, so that intermediate results (28 bytes an element) stay in the processor's cache."""
 
-_NARROW = (torch.bfloat16, torch.float16)
+_ROW = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -34,69 +34,82 @@ class Formula:
 
 
 class Arithmetic:
-    """One thread's scratch memory, and what is computed in it. `out` tensors are written to; all tensors are 1-D."""
+    """One thread's scratch memory, and what is computed in it. Arrays are 1-D, as in `floats`; `out` is written to."""
 
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
-        self._base, self._delta, self._result = torch.empty(3, BLOCK_ELEMENTS, dtype=torch.float32)
-        self._one, self._two = torch.empty(2, BLOCK_ELEMENTS, dtype=torch.float64)
+        self._scale = np.float32(formula.scale)
+        self._base, self._delta, self._result = np.empty((3, BLOCK_ELEMENTS), np.float32)
+        self._one, self._two = np.empty((2, BLOCK_ELEMENTS), np.float64)
 
-    def subtract(self, name: str, start: int, base: torch.Tensor, other: torch.Tensor, out: torch.Tensor, is_delta: bool) -> Survival:
+    @np.errstate(all="ignore")
+    def subtract(self, name: str, start: int, base: Array, other: Array, out: Array, is_delta: bool) -> Survival:
         """Elements [start, start + len) of the tensor `name`: theta' to `out`, and what survived in it.
 
         `other` holds the tuned values, or with `is_delta` the difference tuned - base itself.
         """
         survival = Survival()
-        for begin in range(0, base.numel(), BLOCK_ELEMENTS):
+        for begin in range(0, base.size, BLOCK_ELEMENTS):
             block = slice(begin, begin + BLOCK_ELEMENTS)
             survival.add(self._subtract_block(name, start + begin, base[block], other[block], out[block], is_delta))
         return survival
 
-    def _subtract_block(
-        self, name: str, start: int, base: torch.Tensor, other: torch.Tensor, out: torch.Tensor, is_delta: bool
-    ) -> Survival:
-        count = base.numel()
-        base32, delta, result = self._base[:count].copy_(base), self._delta[:count].copy_(other), self._result[:count]
+    def _subtract_block(self, name: str, start: int, base: Array, other: Array, out: Array, is_delta: bool) -> Survival:
+        count = base.size
+        base32, delta, result = widen(base, self._base[:count]), widen(other, self._delta[:count]), self._result[:count]
         if not is_delta:
-            torch.sub(delta, base32, out=delta)
-        torch.mul(delta, self.formula.scale, out=result)
-        torch.sub(base32, result, out=result)
+            np.subtract(delta, base32, out=delta)
+        np.multiply(delta, self._scale, out=result)
+        np.subtract(base32, result, out=result)
         self._store(name, start, result, out)
-        needs_rounding = out.dtype in _NARROW and base.dtype != out.dtype
-        return self._measure(base32, delta, base32.to(out.dtype) if needs_rounding else base32, out)
+        return self._measure(base, out, count)
 
-    def keep(self, name: str, start: int, base: torch.Tensor, out: torch.Tensor) -> None:
+    @np.errstate(all="ignore")
+    def keep(self, name: str, start: int, base: Array, out: Array) -> None:
         """Elements of a tensor that nothing is subtracted from: `base` to `out`, in `out`'s dtype."""
         if base.dtype == out.dtype:
-            out.copy_(base)
+            np.copyto(out, base)
             return
-        for begin in range(0, base.numel(), BLOCK_ELEMENTS):
+        for begin in range(0, base.size, BLOCK_ELEMENTS):
             values = base[begin : begin + BLOCK_ELEMENTS]
-            self._store(name, start + begin, self._result[: values.numel()].copy_(values), out[begin : begin + BLOCK_ELEMENTS])
+            self._store(name, start + begin, widen(values, self._result[: values.size]), out[begin : begin + BLOCK_ELEMENTS])
 
-    def _store(self, name: str, start: int, values: torch.Tensor, out: torch.Tensor) -> None:
-        if self.formula.rounding == "stochastic" and out.dtype in _NARROW:
-            out.copy_(round_stochastically(values, out.dtype, draws(self.formula.seed, name, start, values.numel())))
+    def _store(self, name: str, start: int, values: Array, out: Array) -> None:
+        if self.formula.rounding == "stochastic" and out.dtype in NARROW:
+            narrow_randomly(values, draws(self.formula.seed, name, start, values.size), out)
         else:
-            out.copy_(values)
+            narrow(values, out)
 
-    def _measure(self, base32: torch.Tensor, delta: torch.Tensor, reference: torch.Tensor, out: torch.Tensor) -> Survival:
-        """`reference` is the base in `out`'s dtype, from which the stored change is taken."""
-        count = base32.numel()
-        change = torch.sub(self._result[:count].copy_(out), reference, out=self._result[:count])
-        wide_delta, wide = self._one[:count].copy_(delta), self._two[:count].copy_(change)
+    def _measure(self, base: Array, out: Array, count: int) -> Survival:
+        """What is stored in `out`, against the base in `out`'s dtype. Of the scratch memory, base and delta are still in place."""
+        base32, delta, change = self._base[:count], self._delta[:count], widen(out, self._result[:count])
+        one, two = self._one[:count], self._two[:count]
+        np.copyto(one, base32)
+        base_square = _dot(one, one)
+        if out.dtype in NARROW and base.dtype != out.dtype:
+            widen(narrow(base32, np.empty(count, out.dtype)), base32)
+        np.subtract(change, base32, out=change)
+        np.copyto(one, delta)
+        np.copyto(two, change)
         return Survival(
             num_elements=count,
-            num_changed=int(np.count_nonzero(change.numpy() != 0)),
-            delta_square=float(torch.dot(wide_delta, wide_delta)),
-            delta_change=float(torch.dot(wide_delta, wide)),
-            change_square=float(torch.dot(wide, wide)),
-            base_square=float(torch.dot(wide.copy_(base32), wide)),
+            num_changed=int(np.count_nonzero(change != 0)),
+            base_square=base_square,
+            delta_square=_dot(one, one),
+            change_square=_dot(two, two),
+            delta_change=_dot(one, two),
         )
 
 
-def draws(seed: int, name: str, start: int, count: int) -> torch.Tensor:
-    """Random 16-bit numbers (int32) of the elements [start, start + count) of the tensor `name`.
+def _dot(one: Array, two: Array) -> float:
+    """The inner product, row by row: of longer ones BLAS would make threads of its own."""
+    whole = one.size // _ROW * _ROW
+    rows = np.vecdot(one[:whole].reshape(-1, _ROW), two[:whole].reshape(-1, _ROW))
+    return float(rows.sum() + np.dot(one[whole:], two[whole:]))
+
+
+def draws(seed: int, name: str, start: int, count: int) -> Array:
+    """Random 16-bit numbers (uint16) of the elements [start, start + count) of the tensor `name`.
 
     Element i has the i-th 16 bits of the Philox stream whose key is made of seed and name, whoever asks for it.
     """
@@ -104,20 +117,4 @@ def draws(seed: int, name: str, start: int, count: int) -> torch.Tensor:
     first = start // 16  # one step of Philox' counter gives 4 words of 64 bits
     num_words = -(-(start + count) // 16) * 4 - first * 4
     words = np.random.Philox(key=key, counter=[first, 0, 0, 0]).random_raw(num_words)
-    numbers = words.astype("<u8", copy=False).view("<u2")[start - first * 16 :][:count]
-    return torch.from_numpy(numbers.astype(np.int32))
-
-
-def round_stochastically(values: torch.Tensor, dtype: torch.dtype, numbers: torch.Tensor) -> torch.Tensor:
-    """Round float32 `values` up or down to `dtype` (bfloat16 or float16), with probabilities that keep their mean.
-
-    `numbers`: int32 of 16 random bits, one for each value. Values that `dtype` holds exactly stay.
-    """
-    bits = values.contiguous().view(torch.int32)
-    if dtype == torch.bfloat16:  # float32 with the last 16 bits cut off: adding 16 random bits carries as often as it should
-        return torch.add(bits, numbers).bitwise_and_(-1 << 16).view(torch.float32).to(dtype)
-    normal = torch.add(bits, numbers >> 3).bitwise_and_(-1 << 13).view(torch.float32)  # float16 has 13 mantissa bits less
-    steps = values * 2.0**24  # below 2**-14 float16 has an even grid, of step 2**-24
-    low = steps.floor()
-    subnormal = (low + (numbers < (steps - low) * 65536.0)) * 2.0**-24
-    return torch.where(values.abs() < 2.0**-14, subnormal, normal).to(dtype)
+    return words.astype("<u8", copy=False).view("<u2")[start - first * 16 :][:count]

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
-import torch
+import numpy as np
 from blake3 import blake3
 
 from pipeline.delta.chunks import CHUNK_BYTES
 from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
+from pipeline.delta.floats import count_not_finite
 from pipeline.delta.plan import is_recomputed
 from pipeline.errors import InputError
 from pipeline.weights.safetensors import INDEX, SafetensorsSource
@@ -77,9 +78,9 @@ def _check_tensor(reader: SliceReader, info: TensorInfo, right: str, area: memor
     num_at_once = CHUNK_BYTES // DTYPE_BYTES[info.dtype]
     for start in range(0, info.num_elements, num_at_once):
         values = reader.read(info.name, start, min(start + num_at_once, info.num_elements), area)
-        digest.update(values.view(torch.uint8).numpy().data)
+        digest.update(values.view(np.uint8).data)
         if info.is_floating and not is_recomputed(info):
-            num_not_finite += values.numel() - int(torch.isfinite(values).sum())
+            num_not_finite += count_not_finite(values)
     wrong = []
     if info.num_elements == 0:
         wrong.append("is empty")

@@ -13,8 +13,9 @@ import threading
 from pathlib import Path
 from typing import Literal
 
-import torch
+import numpy as np
 
+from pipeline.delta.floats import Array, array_dtype, of_tensor
 from pipeline.errors import InputError
 from pipeline.weights.aside import AsideFile
 from pipeline.weights.pread import PreadFile
@@ -53,16 +54,16 @@ class SliceReader:
         self._files: dict[Path, InputFile] = {}
         self._lock = threading.Lock()
 
-    def read(self, name: str, start: int, stop: int, area: memoryview) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, area: memoryview) -> Array:
         """Elements [start, stop) of a tensor, at least one, 1-D, in its stored dtype, somewhere in `area` (of `room_for` their bytes).
 
         A source that is more than bytes in files (an adapter on its base) brings memory of its own.
         """
         if not isinstance(self._source, StoredSource):
-            return self._source.read(name, start, stop)
+            return of_tensor(self._source.read(name, start, stop))
         dtype = self._source.tensors[name].dtype
         begin = self._gather(self._source.locate(name, start, stop), area, DTYPE_BYTES[dtype])
-        return torch.frombuffer(area, dtype=getattr(torch, dtype), count=stop - start, offset=begin)
+        return np.frombuffer(area, array_dtype(dtype), stop - start, begin)
 
     def _gather(self, extents: list[Extent], area: memoryview, element_bytes: int) -> int:
         """Bring `extents` one behind the other into `area`; the position of the first byte."""

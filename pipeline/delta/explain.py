@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isclose, sqrt
 
-import torch
+import numpy as np
 
 from pipeline.delta.arithmetic import Arithmetic, Formula
+from pipeline.delta.floats import NARROW, Array, array_dtype, of_tensor, widen
 from pipeline.delta.plan import Item
 from pipeline.weights.adapter import AdapterSource
 from pipeline.weights.source import TensorSource
@@ -22,13 +23,14 @@ def explain(item: Item, stored: TensorSource, base: TensorSource, tuned: TensorS
     num_wrong, first, equals_base = 0, "", True
     delta_square = change_square = product = 0.0
     for start, found, right, kept, delta in _slices(item, stored, base, tuned, formula):
-        wrong = (found != right).nonzero().flatten()
+        found_values, kept_values = _wide(found), _wide(kept)
+        wrong = np.flatnonzero(found != right)
         if len(wrong) and not num_wrong:
             place = int(wrong[0])
-            first = f"element {start + place} is {found[place].item():.9g} instead of {right[place].item():.9g}"
+            first = f"element {start + place} is {found_values[place]:.9g} instead of {_wide(right)[place]:.9g}"
         num_wrong += len(wrong)
-        equals_base = equals_base and torch.equal(found, kept)
-        change = found.double() - kept.double()
+        equals_base = equals_base and np.array_equal(found_values, kept_values)
+        change = found_values - kept_values
         delta_square += float(delta.dot(delta))
         change_square += float(change.dot(change))
         product += float(delta.dot(change))
@@ -44,23 +46,28 @@ def explain(item: Item, stored: TensorSource, base: TensorSource, tuned: TensorS
 
 def _slices(
     item: Item, stored: TensorSource, base: TensorSource, tuned: TensorSource, formula: Formula
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[int, Array, Array, Array, Array]]:
     """(start, stored values, right values, the base's values as they would be stored, delta in float64), slice by slice."""
-    arithmetic = Arithmetic(formula)
-    dtype = getattr(torch, item.info.dtype)
+    arithmetic, nearest = Arithmetic(formula), Arithmetic(Formula(0.0))
     for start in range(0, item.info.num_elements, _SLICE_ELEMENTS):
         stop = min(start + _SLICE_ELEMENTS, item.info.num_elements)
-        values = base.read(item.base.name, start, stop)
-        right = torch.empty(stop - start, dtype=dtype)
+        values = of_tensor(base.read(item.base.name, start, stop))
+        right, kept = np.empty((2, stop - start), array_dtype(item.info.dtype))
+        nearest.keep(item.info.name, start, values, kept)
         if item.other is None:
             arithmetic.keep(item.info.name, start, values, right)
-            delta = torch.zeros(stop - start, dtype=torch.float64)
+            delta = np.zeros(stop - start)
         elif isinstance(tuned, AdapterSource):
-            change = tuned.delta(item.other, start, stop)
+            change = of_tensor(tuned.delta(item.other, start, stop))
             arithmetic.subtract(item.info.name, start, values, change, right, True)
-            delta = change.double()
+            delta = _wide(change)
         else:
-            other = tuned.read(item.other, start, stop)
+            other = of_tensor(tuned.read(item.other, start, stop))
             arithmetic.subtract(item.info.name, start, values, other, right, False)
-            delta = other.double() - values.double()
-        yield start, stored.read(item.info.name, start, stop), right, values.to(dtype), delta
+            delta = _wide(other) - _wide(values)
+        yield start, of_tensor(stored.read(item.info.name, start, stop)), right, kept, delta
+
+
+def _wide(values: Array) -> Array:
+    """As float64."""
+    return (widen(values, np.empty(values.size, np.float32)) if values.dtype in NARROW else values).astype(np.float64)

@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from pipeline.errors import InputError
 from pipeline.weights.adapter import AdapterSource
 from pipeline.weights.shard import Shard, plan_shards
@@ -173,6 +171,8 @@ def _broken_ties(base: TensorSource, tuned: TensorSource) -> Iterator[str]:
 
 
 def _are_equal(source: TensorSource, one: str, two: str) -> bool:
+    import torch
+
     count = source.tensors[one].num_elements
     if count != source.tensors[two].num_elements:
         return False

@@ -11,18 +11,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-import torch
+import numpy as np
 from blake3 import blake3
 
 from pipeline.delta import chunks
 from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula
 from pipeline.delta.chunks import Chunk, Part, cut
 from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
+from pipeline.delta.floats import array_dtype, of_tensor
 from pipeline.delta.plan import Plan
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
@@ -116,7 +117,7 @@ class Stream:
         jobs = self._jobs(shards, open_output)
         threads = [threading.Thread(target=self._work, args=(jobs, on_whole), daemon=True) for _ in range(self._num_threads)]
         try:
-            with _one_torch_thread():
+            with nullcontext() if self._adapter is None else _one_torch_thread():
                 for thread in threads:
                     thread.start()
                 for thread in threads:
@@ -168,7 +169,7 @@ class Stream:
         """Fill the part's place in `memory`. `base` and `tuned` are room to read into."""
         item = self._plan.items[part.tensor.name]
         values = self._base.read(item.base.name, part.start, part.stop, base)
-        out = torch.frombuffer(memory, dtype=getattr(torch, part.tensor.dtype), count=part.stop - part.start, offset=part.position)
+        out = np.frombuffer(memory, array_dtype(part.tensor.dtype), part.stop - part.start, part.position)
         if item.other is None:
             with self._arithmetic() as arithmetic:
                 arithmetic.keep(item.info.name, part.start, values, out)
@@ -178,7 +179,7 @@ class Stream:
             with self._arithmetic() as arithmetic:
                 return arithmetic.subtract(item.info.name, part.start, values, other, out, False)
         with self._arithmetic() as arithmetic:
-            delta = self._adapter.delta(item.other, part.start, part.stop)
+            delta = of_tensor(self._adapter.delta(item.other, part.start, part.stop))
             return arithmetic.subtract(item.info.name, part.start, values, delta, out, True)
 
     @contextmanager
@@ -220,7 +221,9 @@ def _rooms(plan: Plan, tuned: TensorSource) -> tuple[int, int]:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """The stream's own threads are enough: torch's would multiply with them."""
+    """An adapter's products are torch's; the stream's own threads are enough, and would multiply with its."""
+    import torch
+
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

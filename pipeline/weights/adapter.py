@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from math import sqrt
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import InputError
 from pipeline.weights.adapter_config import AdapterConfig
@@ -23,6 +21,9 @@ from pipeline.weights.safetensors import SafetensorsSource
 from pipeline.weights.source import TensorInfo, TensorSource
 from pipeline.weights.stored import StoredSource
 from pipeline.weights.torch_bin import TorchBinSource
+
+if TYPE_CHECKING:
+    import torch
 
 GRID_ELEMENTS = 1 << 17
 """Elements of a block of rows, roughly: 1 MiB in float64."""
@@ -65,6 +66,8 @@ class AdapterSource:
 
     def delta(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the change alone, float32. `name` must be one of `changed`."""
+        import torch
+
         rows, columns = self._load(name)
         width = columns.shape[1]
         grid = max(1, GRID_ELEMENTS // width)

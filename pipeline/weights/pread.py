@@ -6,10 +6,12 @@ import errno
 import os
 import resource
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PreadFile:
@@ -30,6 +32,8 @@ class PreadFile:
 
     def read_into(self, tensor: torch.Tensor, offset: int) -> None:
         """Fill a contiguous `tensor` with the bytes from `offset` on. Raises InputError where the file is shorter."""
+        import torch
+
         self.fill(tensor.view(torch.uint8).numpy().data, offset)
 
     def fill(self, view: memoryview, offset: int) -> None:

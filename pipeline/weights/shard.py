@@ -8,14 +8,15 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
 from pipeline.weights.aside import AsideFile
 from pipeline.weights.safetensors import SINGLE, TAG_OF_DTYPE
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {
     "": 1,
@@ -128,6 +129,8 @@ class ShardWriter(AsideFile):
 
     def write_slice(self, name: str, start: int, values: torch.Tensor) -> None:
         """Put `values` (1-D, the tensor's dtype) at elements [start, start + len) of the flattened tensor `name`. Each element once."""
+        import torch
+
         info = self._infos[name]
         assert values.dtype == getattr(torch, info.dtype) and start >= 0 and start + values.numel() <= info.num_elements, name
         view = values.contiguous().view(torch.uint8).numpy().data

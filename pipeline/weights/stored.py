@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import InputError
 from pipeline.weights.pread import PreadFile
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Piece(NamedTuple):
@@ -71,6 +72,8 @@ class StoredTensor:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) as a new 1-D tensor."""
+        import torch  # not with the module: most of what is done with stored tensors needs none
+
         values = torch.empty(stop - start, dtype=getattr(torch, self.dtype))
         done = 0
         for piece in self._cut(start, stop):

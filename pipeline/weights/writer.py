@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.artifact import replacing, sync, write_json
 from pipeline.context import Context
 from pipeline.errors import InputError
@@ -91,6 +89,8 @@ def converted(source: TensorSource, dtype: str) -> list[TensorInfo]:
 
 def write_shard(source: TensorSource, shard: Shard, folder: Path) -> None:
     """Write one shard of `source`, cast to the shard's dtypes, in slices of `SLICE_ELEMENTS`; what killed writers left goes."""
+    import torch
+
     sweep(folder)
     with ShardWriter(folder / shard.file_name, shard.tensors) as writer:
         for info in shard.tensors:

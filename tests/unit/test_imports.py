@@ -79,3 +79,20 @@ sys.exit(code)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     assert "to do" in done.stdout
+
+
+def test_subtracting_imports_no_torch(tmp_path: Path) -> None:
+    """It takes as long to import as a gigabyte takes to subtract. An adapter's products alone need it."""
+    from delta_models import write_pair
+
+    base, tuned = write_pair(tmp_path)
+    code = f"""
+import sys
+from launch.cli import main
+base, tuned, out = {str(base)!r}, {str(tuned)!r}, {str(tmp_path / "out")!r}
+words = ["subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", out]
+codes = [main(["delta", *words]) for words in (words, ["verify", out], ["inspect", base])]
+print(codes, [name for name in ("torch", "transformers", "submitit") if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[0, 0, 0] []"

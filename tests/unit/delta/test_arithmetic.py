@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula, draws, round_stochastically
+from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula, draws
+from pipeline.delta.floats import Array, count_not_finite, narrow, narrow_randomly, of_tensor, widen
 from pipeline.delta.survival import Survival
 
 WEIGHTS = arrays(np.float32, st.integers(1, 200), elements=st.floats(-100, 100, width=32))
@@ -20,7 +21,13 @@ def subtract(
     base: torch.Tensor, tuned: torch.Tensor, formula: Formula, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, Survival]:
     out = torch.empty(base.numel(), dtype=dtype)
-    return out, Arithmetic(formula).subtract("w", 0, base, tuned, out, False)
+    return out, Arithmetic(formula).subtract("w", 0, of_tensor(base), of_tensor(tuned), of_tensor(out), False)
+
+
+def rounded_randomly(values: torch.Tensor, dtype: torch.dtype, numbers: Array) -> torch.Tensor:
+    out = torch.empty(values.numel(), dtype=dtype)
+    narrow_randomly(of_tensor(values), numbers, of_tensor(out))
+    return out
 
 
 def pair(seed: int, num_elements: int, delta_std: float, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,8 +59,8 @@ def test_adding_a_delta_back_gives_the_base_within_rounding(values: np.ndarray, 
     base = torch.from_numpy(values)
     delta = torch.from_numpy(np.random.default_rng(seed).standard_normal(values.shape).astype(np.float32))
     there, back = torch.empty_like(base), torch.empty_like(base)
-    Arithmetic(Formula(scale)).subtract("w", 0, base, delta, there, True)
-    Arithmetic(Formula(-scale)).subtract("w", 0, there, delta, back, True)
+    Arithmetic(Formula(scale)).subtract("w", 0, of_tensor(base), of_tensor(delta), of_tensor(there), True)
+    Arithmetic(Formula(-scale)).subtract("w", 0, of_tensor(there), of_tensor(delta), of_tensor(back), True)
     largest = base.abs() + abs(scale) * delta.abs()
     assert ((back - base).abs() <= 2 * largest * 2.0**-24 + 1e-38).all()
 
@@ -70,7 +77,8 @@ def test_any_slicing_gives_the_same_bytes(dtype: torch.dtype, rounding: str, cut
     pieces = torch.empty_like(whole)
     arithmetic = Arithmetic(formula)
     for start, stop in pairwise(edges):
-        arithmetic.subtract("w", start, base[start:stop], tuned[start:stop], pieces[start:stop], False)
+        base_part, tuned_part, out = (of_tensor(tensor[start:stop]) for tensor in (base, tuned, pieces))
+        arithmetic.subtract("w", start, base_part, tuned_part, out, False)
     assert torch.equal(pieces, whole)
 
 
@@ -120,7 +128,7 @@ def test_a_float32_base_stored_in_16_bits_is_compared_with_itself_rounded() -> N
 def test_stochastic_rounding_takes_one_of_the_two_neighbours(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     values = torch.randn(100_000, generator=generator) * torch.logspace(-9, 3, 100_000)
-    rounded = round_stochastically(values, dtype, draws(0, "w", 0, values.numel()))
+    rounded = rounded_randomly(values, dtype, draws(0, "w", 0, values.numel()))
     exponent = torch.log2(values.abs().double()).floor()
     step = 2.0 ** (exponent - 7 if dtype == torch.bfloat16 else (exponent - 10).clamp(min=-24))
     error = (rounded.double() - values.double()).abs()
@@ -133,7 +141,7 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours(dtype: torch.dtype)
 def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, value: float) -> None:
     num_draws = 400_000
     values = torch.full((num_draws,), value)
-    rounded = round_stochastically(values, dtype, draws(7, "w", 0, num_draws)).double()
+    rounded = rounded_randomly(values, dtype, draws(7, "w", 0, num_draws)).double()
     low, high = rounded.min().item(), rounded.max().item()
     assert low <= values[0].item() <= high
     error = abs(rounded.mean().item() - values[0].double().item())
@@ -144,25 +152,51 @@ def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, value: float) ->
 def test_stochastic_rounding_leaves_exact_values_alone(dtype: torch.dtype) -> None:
     values = torch.tensor([0.0, 1.0, -2.5, 2.0**-24, 0.0625, -6.1035e-5]).to(dtype).float()
     for number in (0, 1, 65535):
-        numbers = torch.full((len(values),), number, dtype=torch.int32)
-        assert torch.equal(round_stochastically(values, dtype, numbers).float(), values)
+        numbers = np.full(len(values), number, np.uint16)
+        assert torch.equal(rounded_randomly(values, dtype, numbers).float(), values)
 
 
 def test_draws_depend_on_seed_name_and_place_alone() -> None:
     whole = draws(1, "w", 0, 1000)
-    assert torch.equal(torch.cat([draws(1, "w", 0, 7), draws(1, "w", 7, 500), draws(1, "w", 507, 493)]), whole)
-    assert not torch.equal(draws(2, "w", 0, 1000), whole)
-    assert not torch.equal(draws(1, "v", 0, 1000), whole)
-    assert int(whole.min()) >= 0 and int(whole.max()) < 65536
-    assert torch.equal(draws(1, "w", (1 << 40) + 5, 3), draws(1, "w", 1 << 40, 8)[5:])
+    assert np.array_equal(np.concatenate([draws(1, "w", 0, 7), draws(1, "w", 7, 500), draws(1, "w", 507, 493)]), whole)
+    assert not np.array_equal(draws(2, "w", 0, 1000), whole)
+    assert not np.array_equal(draws(1, "v", 0, 1000), whole)
+    assert whole.dtype == np.uint16
+    assert np.array_equal(draws(1, "w", (1 << 40) + 5, 3), draws(1, "w", 1 << 40, 8)[5:])
 
 
 def test_draws_are_even() -> None:
-    counts = torch.bincount(draws(0, "w", 0, 1 << 18) >> 8, minlength=256).double()
-    chi_square = float(((counts - 1024).square() / 1024).sum())
+    counts = np.bincount(draws(0, "w", 0, 1 << 18) >> 8, minlength=256)
+    chi_square = float(((counts - 1024.0) ** 2 / 1024).sum())
     assert 170 < chi_square < 350  # 255 degrees of freedom
 
 
 def test_the_bytes_of_stochastic_rounding_never_change() -> None:
     """A part written by another version of numpy must fit: these are what the first version drew."""
     assert draws(0, "w", 0, 4).tolist() == [59750, 62196, 63077, 14721]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_16_bit_numbers_widen_as_torch_widens_them(dtype: torch.dtype) -> None:
+    values = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype)
+    widened = widen(of_tensor(values), np.empty(1 << 16, np.float32))
+    assert np.array_equal(widened, values.float().numpy(), equal_nan=True)
+    assert count_not_finite(of_tensor(values)) == int((~torch.isfinite(values)).sum())
+
+
+SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 65504.0, 65519.9, 65520.0, 1e-45, 1.17e-38, 2.0**-25, 2.0**-24 * 1.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@given(values=arrays(np.float32, st.integers(0, 100), elements=st.floats(width=32)))
+@settings(deadline=None, max_examples=200)
+def test_narrowing_is_torchs(dtype: torch.dtype, values: Array) -> None:
+    bits = np.random.default_rng(values.size).integers(0, 1 << 32, 1000, dtype=np.uint32).view(np.float32)
+    several = torch.from_numpy(np.concatenate([values, bits, np.array(SPECIAL, np.float32)]))
+    with np.errstate(all="ignore"):
+        out = torch.empty(several.numel(), dtype=dtype)
+        narrow(of_tensor(several), of_tensor(out))
+    right = several.to(dtype)
+    assert torch.equal(out.isnan(), right.isnan())
+    assert torch.equal(out.nan_to_num(1.0).signbit(), right.nan_to_num(1.0).signbit())
+    assert torch.equal(out.nan_to_num(1.0), right.nan_to_num(1.0))
