@@ -37,6 +37,9 @@ _DTYPE_OF_STORAGE = {
     "BoolStorage": "bool",
 }
 
+# Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle a member of an Enum as getattr(its class, its name).
+_ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
+
 
 class ShapedTensor(NamedTuple):
     """A tensor in a torch file: contiguous, of this shape."""
@@ -156,15 +159,17 @@ class _Unpickler(pickle.Unpickler):
             return Name(name)
         if module == "torch" and name in DTYPE_BYTES:
             return Name(name)
-        raise InputError(
-            f"{self._owner.file.path}: its pickle names {full!r}, which is not on the list of what may be read; nothing was run"
-        )
+        raise _refusal(self._owner, full)
 
     def persistent_load(self, reference: Any) -> _Storage:
         kind, storage, key, _device, num_elements = reference
         if kind != "storage" or storage not in _DTYPE_OF_STORAGE or type(num_elements) is not int or num_elements < 0:
             raise InputError(f"{self._owner.file.path}: refers to {kind!r} {storage!r}, which is not a storage of a supported dtype")
         return _Storage(_DTYPE_OF_STORAGE[storage], str(key), num_elements)
+
+
+def _refusal(owner: TorchFile, name: str) -> InputError:
+    return InputError(f"{owner.file.path}: its pickle names {name!r}, which is not on the list of what may be read; nothing was run")
 
 
 def _stand_ins(owner: TorchFile) -> dict[str, Any]:
@@ -178,6 +183,14 @@ def _stand_ins(owner: TorchFile) -> dict[str, Any]:
         if rebuild not in (tensor, parameter):
             raise ValueError("not a tensor")
         return rebuild(*arguments)
+
+    def zero_stage(value: int) -> int:
+        return int(value)
+
+    def attribute(kind: Any, name: str) -> int:
+        if kind is not zero_stage or name not in _ZERO_STAGES:
+            raise _refusal(owner, "getattr")
+        return _ZERO_STAGES[name]
 
     def stub() -> type[Stub]:
         return type("Stub", (Stub,), {})
@@ -194,7 +207,8 @@ def _stand_ins(owner: TorchFile) -> dict[str, Any]:
         "torch.nn.parameter.Parameter": Name("Parameter"),
         "torch.Size": lambda sizes=(): tuple(sizes),
         "torch.device": stub(),
-        "deepspeed.runtime.zero.config.ZeroStageEnum": lambda value: int(value),
+        "deepspeed.runtime.zero.config.ZeroStageEnum": zero_stage,
+        "__builtin__.getattr": attribute,
         "deepspeed.utils.tensor_fragment.fragment_address": stub(),
         "deepspeed.runtime.fp16.loss_scaler.LossScaler": stub(),
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": stub(),

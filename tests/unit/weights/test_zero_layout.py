@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,6 +89,31 @@ def test_deepspeeds_own_classes_are_read_without_deepspeed(tmp_path: Path, monke
         content["optimizer_state_dict"]["loss_scaler"] = instance
         torch.save(content, path)
     assert torch.equal(open_source(folder).read("a", 0, 3), torch.ones(3))
+
+
+def test_a_stage_as_debian_12s_python_pickles_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.0 to 3.11.3 write an Enum's member as getattr(class, name)."""
+    name = "deepspeed.runtime.zero.config"
+    module = ModuleType(name)
+
+    class ZeroStageEnum(int, Enum):
+        gradients = 2
+
+        def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+            return getattr, (type(self), self.name)
+
+    ZeroStageEnum.__module__, ZeroStageEnum.__qualname__ = name, "ZeroStageEnum"
+    module.ZeroStageEnum = ZeroStageEnum  # type: ignore[attr-defined]
+    folder = Checkpoint(2, 1, [{"a": torch.ones(3)}]).write(tmp_path)
+    path = folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = torch.load(path, weights_only=True)
+    content["optimizer_state_dict"]["zero_stage"] = ZeroStageEnum.gradients
+    with monkeypatch.context() as patch:
+        for package in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero"):
+            patch.setitem(sys.modules, package, ModuleType(package))
+        patch.setitem(sys.modules, name, module)
+        torch.save(content, path)
+    assert open_source(folder).kind == "zero-2"
 
 
 JUNK: list[Any] = [None, 3, -1, "text", [], {}, [3], {"a": 3}, {3: "a"}, (1, "x"), [[None]], torch.ones(2), [torch.ones(2)], float("nan")]
