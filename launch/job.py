@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from launch import scheduler
-from launch.outcome import STOPPED
+from launch.outcome import ERROR, STOPPED
 from launch.run import read_plan
-from pipeline.context import log
+from pipeline.artifact import write_json
 from pipeline.stages import Plan
 
 
@@ -36,8 +37,8 @@ class StageJob:
         code = worker.run_all(plan, [self.step], context)
         if context.is_main and code == 0:
             _publish(plan, self.step)
-        if context.is_main and code == STOPPED:
-            _come_back()
+        if context.is_main and code == STOPPED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            come_back(plan, self.step)
         worker.leave(code, context)
 
 
@@ -78,12 +79,15 @@ def _port(job_id: str, num_tasks: int) -> int:
     return 20000 + int("".join(filter(str.isdigit, job_id))) % 12000
 
 
-def _come_back() -> None:
+def come_back(plan: Plan, step: str) -> None:
     """Ask SLURM for another turn under the same job id, whatever signal it was that stopped us: time limit or preemption.
 
-    A job that is no longer meant to run (cancelled, or being requeued by SLURM itself) must not ask: a cancelled job
-    would come back. The other ranks wait for this, or their exit would be taken for the job's end.
+    The other ranks wait for this, or their exit would be taken for the job's end. Where it cannot be had, the step has failed:
+    `flearn status` says so, and what to do.
     """
-    job_id = os.environ.get("SLURM_JOB_ID")
-    if job_id and scheduler.is_running(job_id) and scheduler.requeue(job_id):
-        log.info("saved; job %s is queued again", job_id)
+    problem = scheduler.come_back()
+    if problem is not None:
+        print(f"flearn: {problem}", file=sys.stderr, flush=True)
+        folder = plan.artifact(plan.steps[step]).folder
+        folder.mkdir(exist_ok=True)
+        write_json(folder / ERROR, {"rank": 0, "message": problem, "log": "rank0.log"})

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from launch.outcome import STOPPED
 from pipeline import config, stages
 from pipeline.artifact import write_json
 from pipeline.config import Experiment
@@ -91,7 +92,7 @@ def _run_here(plan: Plan, experiment: Experiment) -> int:
 
 def _run_as_rank(plan: Plan) -> int:
     """Be one rank among those that torchrun or srun started with this same command, perhaps on several machines."""
-    from launch import report, worker
+    from launch import job, report, worker
 
     is_main = os.environ["RANK"] == "0"
     with exclusive(plan.run_dir) if is_main else nullcontext():
@@ -102,6 +103,8 @@ def _run_as_rank(plan: Plan) -> int:
         if is_main and code == 0:
             report.publish(plan)
             report.show(plan)
+        if is_main and code == STOPPED and "SLURM_STEP_ID" in os.environ:
+            job.come_back(plan, next(plan.pending()).id)
         worker.leave(code, context)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pipeline.context import log
 from pipeline.errors import InputError
 
 ACTIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED"})
@@ -63,14 +65,32 @@ def require_controller() -> None:
         raise InputError(f"SLURM's controller does not answer; nothing was submitted ({said})")
 
 
-def is_running(job_id: str) -> bool:
-    """Whether SLURM means this job to go on: not so once it is cancelled, timed out or about to be killed for a preemption."""
-    return _run(["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]).stdout.split() == ["RUNNING"]
+def come_back() -> str | None:
+    """Put the job that this process is a task of back into the queue, under its own id: what depends on it keeps waiting.
+
+    A job that is no longer meant to run (cancelled, timed out, or being requeued by SLURM itself) is left alone: a cancelled
+    job would come back. Returns why a job that was to come back cannot, else None.
+    """
+    job_id = _own_job()
+    try:
+        asked = _run(["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"])
+        if asked.returncode == 0 and asked.stdout.split() != ["RUNNING"]:
+            return None
+        done = _run(["scontrol", "requeue", job_id])
+        said = " ".join(done.stderr.split()) if done.returncode else None
+    except InputError as error:  # a container without SLURM's commands, or no controller
+        said = str(error)
+    if said is None:
+        log.info("saved; job %s is queued again", job_id)
+        return None
+    return f"saved, but job {job_id} could not be queued again: run the same command again ({said})"
 
 
-def requeue(job_id: str) -> bool:
-    """Put this running job back into the queue, under its own id, so that what depends on it keeps waiting."""
-    return _run(["scontrol", "requeue", job_id]).returncode == 0
+def _own_job() -> str:
+    """Of an array, this task alone: the number of one of its tasks is that of the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def signal(job_id: str) -> bool:

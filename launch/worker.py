@@ -94,7 +94,8 @@ def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
             if context.is_main:
                 (folder / ERROR).unlink(missing_ok=True)  # of another job that found the step taken
         return 0
-    except Preempted:
+    except Preempted as stopped:
+        log.info("%s", stopped)
         return STOPPED
     except Exception as error:
         return _report(error, folder, context)
