@@ -25,7 +25,7 @@ def dev_cluster() -> Iterator[dict[str, str]]:
     env |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}:/usr/sbin:/sbin"}
     env |= {"SLURM_CONF": str(folder / "etc/slurm.conf")}
     try:
-        subprocess.run([str(CLUSTER), "up"], env=env, check=True, timeout=180)
+        subprocess.run([str(CLUSTER), "up"], env=env, check=True, timeout=180, stdout=subprocess.DEVNULL)
         yield env
     finally:
         subprocess.run([str(CLUSTER), "purge"], env=env, check=True, timeout=120)
