@@ -48,8 +48,8 @@ wait_for() { # NAME COMMAND...: until it succeeds, 30 s at most
     done
 }
 
-is_alive() { # PIDFILE COMMAND: the process is there, and it is not another with a re-used number
-    [ -f "$1" ] && [[ $(cat "/proc/$(cat "$1")/comm" 2>/dev/null) == "$2"* ]]
+is_alive() { # PIDFILE COMMAND: the process is there, no zombie (a container's init may not reap it), nor another with its number
+    [ -f "$1" ] && [[ $(cat "/proc/$(cat "$1")/stat" 2>/dev/null) == *"($2"*") "[!ZX]" "* ]]
 }
 
 need() {
@@ -183,7 +183,7 @@ end() { # PIDFILE COMMAND: SIGTERM, and SIGKILL after 10 s
     pid=$(cat "$1")
     kill "$pid" 2>/dev/null || true
     for ((i = 0; i < 100; i++)); do
-        kill -0 "$pid" 2>/dev/null || break
+        is_alive "$1" "$2" || break
         sleep 0.1
     done
     kill -9 "$pid" 2>/dev/null || true
