@@ -11,8 +11,9 @@ Bytes per parameter, with N ranks and w = 2 (bf16) or 4 (fp32); P = all paramete
     logits            (w + 8) V bytes per answer token
     the process       0.6 GB: Python, torch, transformers and DeepSpeed, or a CUDA context
 
-A checkpoint holds 12 bytes per trained parameter, and w T for the module at stages 1 and 2. While one replaces another there
-are two; a training shorter than `checkpoint_every_steps` has but its last. Time is 6 P floating-point operations per token of
+A checkpoint holds 12 bytes per trained parameter, the last one of a training 4 (its moments are left out), and w T for the
+module at stages 1 and 2. While one replaces another there are two; a training shorter than `checkpoint_every_steps` has but
+its last, unless it is stopped. Time is 6 P floating-point operations per token of
 full fine-tuning (8 P with gradient checkpointing), 4 P of LoRA (6 P), 2 P of evaluation. All of it is meant to be right
 within a factor of two or so, not more.
 """
@@ -79,10 +80,10 @@ def training_memory(shape: Shape, training: Training, ranks: int, record_tokens:
     return Memory(weights, gradients, optimizer, working)
 
 
-def checkpoint_bytes(shape: Shape, training: Training) -> int:
-    """One checkpoint, over all ranks together."""
+def checkpoint_bytes(shape: Shape, training: Training, with_moments: bool = True) -> int:
+    """One checkpoint, over all ranks together; the last one of a training is without moments."""
     module = _width(training) * num_trained(shape, training) if zero_stage(training) < 3 else 0
-    return 12 * num_trained(shape, training) + module
+    return (12 if with_moments else 4) * num_trained(shape, training) + module
 
 
 def training_flops(shape: Shape, training: Training, num_tokens: int) -> float:

@@ -18,7 +18,7 @@ from pipeline.stages import Plan, Step
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_ESTIMATED = ("teach", "tune_old", "forget", "learn", "evaluate")
+_ESTIMATED = (*stages.TUNINGS, "forget", "evaluate")
 _CHARACTERS_PER_TOKEN = 4
 _TEMPLATE_TOKENS = {"plain": 1, "alpaca": 40}
 _OTHER_TEMPLATE_TOKENS = 30
@@ -239,18 +239,19 @@ def disk_row(pending: list[Step], shape: Shape, data: Data, free: int) -> Row:
 
 
 def disk_bytes(step: Step, shape: Shape, data: Data) -> tuple[int, int]:
-    """Bytes of a step's result, and those that come and go beside it."""
+    """Bytes of a step's result, and those that come and go beside it or before it."""
     if step.stage == "forget":
         return _width(step.section["forget"]["dtype"]) * shape.num_parameters, 0
-    if step.stage not in ("teach", "tune_old", "learn"):
+    if step.stage not in stages.TUNINGS:
         return 0, 0
     training = training_of(step)
     checkpoint = estimate.checkpoint_bytes(shape, training)
     num_steps = training.epochs * ceil(num_records(training, data) / training.batch_size)
     num_copies = 1 if num_steps <= training.checkpoint_every_steps else 2  # an old one goes when the new one is whole
-    if step.stage == "tune_old" and not isinstance(training, LoraTraining):
-        return checkpoint, (num_copies - 1) * checkpoint  # the last checkpoint is the result
-    return 4 * estimate.num_trained(shape, training), num_copies * checkpoint
+    keeps_checkpoint = step.stage == "tune_old" and not isinstance(training, LoraTraining)
+    trained = 4 * estimate.num_trained(shape, training)
+    result = estimate.checkpoint_bytes(shape, training, with_moments=False) if keeps_checkpoint else trained
+    return result, num_copies * checkpoint - result  # the result is written where moments were
 
 
 def num_records(training: Training, data: Data) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline.artifact import Artifact, write_json
 from pipeline.context import Context, log, peak_gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
-from pipeline.stages import STAGES, Plan, Step
+from pipeline.errors import InputError
+from pipeline.stages import STAGES, TUNINGS, Plan, Step
 
 ATTEMPTS = "attempts.json"
 
@@ -36,6 +37,7 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
         source.manifest  # noqa: B018 - raises where an input is not complete, whatever the scheduler believed
     output.folder.mkdir(parents=True, exist_ok=True)
     reset_peak_memory(context.device)
+    _check_ahead(plan, step, context)
     with _attempt(output, context) as attempt:
         facts = _call(step, inputs, output, context)
     peaks = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": peak_gpu_memory_bytes(context.device)}
@@ -74,6 +76,33 @@ def _attempt(output: Artifact, context: Context) -> Iterator[Attempt]:
         if context.is_main:
             with suppress(OSError):  # a full disk must not hide the error that it caused
                 write_json(path, asdict(attempt))
+
+
+def _check_ahead(plan: Plan, step: Step, context: Context) -> None:
+    """Before the first fine-tuning: whether the others could start. Raises InputError for settings or records that cannot work.
+
+    Hours later, when their turn comes, would be a bad time to learn it.
+    """
+    tunings = [other for other in plan.steps.values() if other.stage in TUNINGS]
+    if step not in tunings or any(plan.artifact(other).is_complete for other in tunings):
+        return
+    from pipeline.train.job import plan_job
+
+    for other in tunings:
+        if other is step:  # checks itself
+            continue
+        inputs = {"model": plan.artifact(_base_of(other)), "facts": plan.artifact(other.inputs["facts"])}
+        try:
+            plan_job(other.section, inputs, context)
+        except InputError as error:
+            raise InputError(f"{other.stage} ({', '.join(other.methods)}): {error}") from None
+
+
+def _base_of(step: Step) -> Step:
+    """The base model that `step` descends from: its config and tokenizer are those of all models made of it."""
+    while step.stage != "model":
+        step = step.inputs["base" if step.stage == "forget" else "model"]
+    return step
 
 
 def _call(step: Step, inputs: dict[str, Artifact], output: Artifact, context: Context) -> dict[str, Any] | None:

@@ -44,6 +44,9 @@ STAGES: dict[str, Stage] = {
     "report": Stage("pipeline.report.stage:run", 1, "one"),
 }
 
+TUNINGS = ("teach", "tune_old", "learn")
+"""The stages that are fine-tunings."""
+
 Kind = Literal["full", "lora"]
 
 

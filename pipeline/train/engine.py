@@ -76,7 +76,7 @@ def _forget_zero3() -> None:
 def engine_for(model: Any, ready: Ready, training: Training) -> Iterator[Any]:
     """The DeepSpeed engine that trains those parameters of `model` that require gradients, with torch's AdamW.
 
-    One group of parameters: the weight decay holds for all of them.
+    One group of parameters: the weight decay holds for all of them. Buffers (rotary frequencies) keep their own dtype.
     """
     import deepspeed
 
@@ -84,12 +84,30 @@ def engine_for(model: Any, ready: Ready, training: Training) -> Iterator[Any]:
     optimizer = torch.optim.AdamW(
         trained, lr=training.lr, betas=ready.adam.betas, eps=ready.adam.eps, weight_decay=training.weight_decay, fused=True
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ready.config, dist_init_required=False)
+    with _buffers_kept(model):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ready.config, dist_init_required=False)
     engine.train()
     try:
         yield engine
     finally:
         engine.destroy()
+
+
+@contextmanager
+def _buffers_kept(model: Any) -> Iterator[None]:
+    """DeepSpeed before 0.19 rounds all buffers to bf16; transformers computes rotary frequencies in fp32, in bf16 models too."""
+    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    yield
+    for name, buffer in model.named_buffers():
+        if name in kept and buffer.dtype != kept[name].dtype:
+            buffer.data = kept[name].to(buffer.device)
+
+
+def drop_moments(engine: Any) -> None:
+    """Let go of AdamW's moments. After the last step: a checkpoint then holds the masters alone, which is all that is read of it."""
+    for state in engine.optimizer.optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state.pop(name, None)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

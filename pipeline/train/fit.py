@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 from pipeline.context import Context, log
 from pipeline.models.load import open_weights
 from pipeline.models.targets import TargetLogits
 from pipeline.train.checkpoint import Checkpoints, Saved
-from pipeline.train.engine import engine_for, session
+from pipeline.train.engine import drop_moments, engine_for, session
 from pipeline.train.job import Job
 from pipeline.train.log import StepLog
 from pipeline.train.loop import train
@@ -35,7 +34,12 @@ def _fit(job: Job, saved: Saved | None, checkpoints: Checkpoints, step_log: Step
             log.info("%s: %d of %d parameters, ZeRO-%d", type(model).__name__, job.num_trained, job.num_parameters, job.ready.zero_stage)
             _set_weights(engine, bindings, saved, checkpoints, job)
             start = saved.step if saved is not None else 0
-            save = partial(checkpoints.save, engine, without_frozen=job.adapter is not None)
+
+            def save(step: int) -> None:
+                if step == job.course.num_steps:
+                    drop_moments(engine)
+                checkpoints.save(engine, step, without_frozen=job.adapter is not None)
+
             with step_log:
                 if context.is_main:
                     step_log.open(start)

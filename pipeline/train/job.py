@@ -52,12 +52,11 @@ class Job:
         """Bytes that are still to be written while old ones remain, given `num_saved` complete checkpoints.
 
         A checkpoint holds fp32 masters and two moments, below ZeRO-3 also the weights themselves; the old one goes when the
-        new one is complete. The result holds fp32 weights.
+        new one is complete. The last one has no moments, and so leaves room for the result (fp32 weights).
         """
         per_weight = {"bf16": 2, "fp32": 4}[self.training.precision] if self.ready.zero_stage < 3 else 0
         num_copies = 1 if self.course.num_steps <= self.training.checkpoint_every_steps else 2
-        result = 0 if self.keeps_checkpoint else 4
-        return self.num_trained * ((12 + per_weight) * max(1, num_copies - num_saved) + result)
+        return self.num_trained * (12 + per_weight) * max(1, num_copies - num_saved)
 
     def described(self) -> dict[str, Any]:
         """The part of the stage's facts that is known beforehand."""

@@ -61,6 +61,19 @@ def test_bad_facts(tmp_path: Path, rows: list[dict[str, Any]], overrides: list[s
         assert word.lower() in line.lower()
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.target_modules=[q_proj, query]", ["tune_old (flearn_lora", "lora.target_modules", "query"]),
+        ("full.max_length=9", ["tune_old (flearn_ft)", "tokens", "max_length 9"]),
+    ],
+)
+def test_what_a_later_fine_tuning_cannot_use_is_said_before_the_first(tmp_path: Path, override: str, words: list[str]) -> None:
+    line = refused(tmp_path, override, 'methods=["flearn_ft", "flearn_lora", "flearn_lora_ft"]')
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.glob("runs/*/teach-*/steps.jsonl"))
+
+
 def test_missing_model_folder(tmp_path: Path) -> None:
     line = refused(tmp_path, "model.tiny=null", f"model.path={tmp_path / 'nowhere'}")
     assert "model.path" in line

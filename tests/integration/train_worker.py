@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from pipeline.artifact import Artifact, write_json
 from pipeline.context import Context, Preempted
+from pipeline.models.load import empty_model
 from pipeline.train import fit as fit_module
 from pipeline.train import stage
 from pipeline.train.lora import InitialAdapter, add_adapter
@@ -108,7 +109,11 @@ def _compare(engine: Any, model: Artifact) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     stored = load_file(Path(model.model_path) / "model.safetensors")
-    counts = {"masters": 0, "different_masters": 0, "different_weights": 0, "changed_by_rounding": 0}
+    counts = {"masters": 0, "different_masters": 0, "different_weights": 0, "different_buffers": 0, "changed_by_rounding": 0}
+    plain_buffers = dict(empty_model(Path(model.model_path), "cpu", torch.bfloat16).named_buffers())
+    for name, buffer in engine.module.named_buffers():
+        expected = plain_buffers[name.removeprefix("base_model.model.")]
+        counts["different_buffers"] += int(buffer.dtype != expected.dtype or not torch.equal(buffer, expected))
     for name, parameter in engine.module.named_parameters():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
