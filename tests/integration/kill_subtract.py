@@ -1,8 +1,8 @@
 """Kills `subtract` at a chosen moment, as often as asked, without importing torch anew each time: each trial is a fork.
 
-Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [1, 1]}' OUT CALL BEFORE_OR_AFTER [OUT CALL BEFORE_OR_AFTER ...]
-A trial dies by SIGKILL before or after the CALL-th system call that changes a file (CALL 0: it lives), and prints a
-JSON line: how it ended, and the calls it made.
+Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [1, 1]}' OUT CALL WHEN [OUT CALL WHEN ...]
+A trial dies by SIGKILL before, after, or within the CALL-th system call that changes a file (CALL 0: it lives): within a
+pwrite, when half of the bytes are written. It prints a JSON line: how it ended, and the calls it made.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Killer:
                 is_last = len(self.calls) == self._at
             if is_last and self._when == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*arguments, **options)
-            if is_last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            if is_last and self._when == "within" and name == "pwrite":
+                descriptor, data, offset = arguments
+                arguments = (descriptor, data[: len(data) // 2], offset)
+            try:
+                return function(*arguments, **options)
+            finally:
+                if is_last:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return counted
 

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from delta_models import Tensors, nudged, save
 
 ROOT = Path(__file__).parents[2]
@@ -26,22 +28,36 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base of 5 shards' size, its tuned model, and what an undisturbed run makes of them."""
+    """A folder with a base of 4 shards' size, its tuned model, and what an undisturbed run makes of them."""
     folder = tmp_path_factory.mktemp("crash")
-    generator = torch.Generator().manual_seed(0)
-    base: Tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(200, 201, generator=generator).bfloat16() for i in range(5)}
-    save(folder / "base", base)
-    (folder / "base/config.json").write_text('{"model_type": "llama"}')
-    (folder / "base/tokenizer.json").write_text("{}")
-    save(folder / "tuned", nudged(base, 1))
+    make_models(folder, num_layers=4, size=200)
     (result,) = run_trials(folder, [("right", 0, "after")])
     assert result["state"] == "written"
     return folder
 
 
-def run_trials(folder: Path, trials: list[tuple[str, int, str]], **arguments: Any) -> list[dict[str, Any]]:
-    """Each trial is (name of the output folder, the call at which it is killed or 0, before or after)."""
-    settings = {"base": str(folder / "base"), "tuned": str(folder / "tuned"), **arguments}
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 30 shards of 4 MB, whose writing takes longer than the rest."""
+    folder = tmp_path_factory.mktemp("large")
+    make_models(folder, num_layers=30, size=1000)
+    subprocess.run(command(folder, folder / "right"), cwd=ROOT, env=SETTINGS, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def make_models(folder: Path, num_layers: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i:02d}.mlp.up_proj.weight" for i in range(num_layers)]
+    base: Tensors = {name: torch.randn(size, size + 1, generator=generator).bfloat16() for name in names}
+    save(folder / "base", base)
+    (folder / "base/config.json").write_text('{"model_type": "llama"}')
+    (folder / "base/tokenizer.json").write_text("{}")
+    save(folder / "tuned", nudged(base, 1))
+
+
+def run_trials(folder: Path, trials: list[tuple[str, int, str]]) -> list[dict[str, Any]]:
+    """Each trial is (name of the output folder, the call at which it is killed or 0, before, within or after it)."""
+    settings = {"base": str(folder / "base"), "tuned": str(folder / "tuned")}
     words = [word for out, call, when in trials for word in (str(folder / out), str(call), when)]
     program = [sys.executable, str(Path(__file__).with_name("kill_subtract.py")), json.dumps(settings), *words]
     done = subprocess.run(program, env=SETTINGS, capture_output=True, text=True, timeout=600)
@@ -49,75 +65,103 @@ def run_trials(folder: Path, trials: list[tuple[str, int, str]], **arguments: An
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def contents(folder: Path) -> dict[str, str]:
+    """{path inside the folder, hidden ones too: blake3 of the file}."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): blake3(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_killed_before_and_after_every_call_that_changes_a_file(models: Path) -> None:
+def command(folder: Path, out: Path, *options: str) -> list[str]:
+    sources = ["--base", str(folder / "base"), "--tuned", str(folder / "tuned"), "--scale", "0.3", "--out", str(out)]
+    return [sys.executable, "-m", "launch", "delta", "subtract", *sources, "--max-shard-size", "200000", *options]
+
+
+def start(folder: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(folder, out, *options), cwd=ROOT, env=SETTINGS, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str, old: Collection[Path] = ()) -> None:
+    """Until a file of that name appears that is not one of the `old`, or the process ends."""
+    while not set(folder.glob(pattern)).difference(old) and process.poll() is None:
+        time.sleep(0.001)
+
+
+def test_killed_at_every_call_that_changes_a_file(models: Path) -> None:
+    """Also between the writing of a journal's entry and its renaming, and within the writing of weights."""
     right = contents(models / "right")
     (whole,) = run_trials(models, [("count", 0, "after")])
     assert {"replace", "rename", "fsync", "pwrite", "posix_fallocate", "mkdir", "unlink"} <= set(whole["calls"])
-    moments = [(call, when) for call in range(1, len(whole["calls"]) + 1) for when in ("before", "after")]
-    trials = [trial for call, when in moments for trial in ((f"{call}-{when}", call, when), (f"{call}-{when}", 0, "after"))]
+    moments = [(call, "within" if name == "pwrite" else "after") for call, name in enumerate(whole["calls"], start=1)]
+    trials = [trial for call, when in moments for trial in ((f"{call}", call, when), (f"{call}", 0, "after"))]
     results = run_trials(models, trials)
     killed, resumed = results[::2], results[1::2]
     assert sum(result["signal"] == signal.SIGKILL for result in killed) > 0.9 * len(moments)  # threads may make a call or two less
     assert all(result["signal"] == 0 and result["state"] in ("written", "found") for result in resumed)
     for call, when in moments:
-        out = models / f"{call}-{when}"
-        assert contents(out) == right, f"killed {when} call {call}"
-        shutil.rmtree(out)
+        assert contents(models / f"{call}") == right, f"killed {when} call {call}, {whole['calls'][call - 1]}"
+        shutil.rmtree(models / f"{call}")
 
 
 def test_killed_again_and_again(models: Path) -> None:
     """Each life ends a few calls after the last one's progress; at the end nothing is left over."""
     generator = random.Random(0)
-    trials = [("often", generator.randint(2, 14), generator.choice(["before", "after"])) for _ in range(20)]
+    trials = [("often", generator.randint(2, 14), generator.choice(["before", "within", "after"])) for _ in range(20)]
     results = run_trials(models, [*trials, ("often", 0, "after")])
-    assert sum(result["signal"] == signal.SIGKILL for result in results) >= 5
+    assert sum(result["signal"] == signal.SIGKILL for result in results) >= 10
     assert results[-1]["state"] in ("written", "found")
     assert contents(models / "often") == contents(models / "right")
 
 
-def command(models: Path, out: Path, *options: str) -> list[str]:
-    sources = ["--base", str(models / "base"), "--tuned", str(models / "tuned"), "--scale", "0.3", "--out", str(out)]
-    return [sys.executable, "-m", "launch", "delta", "subtract", *sources, "--max-shard-size", "200000", *options]
+def test_a_process_killed_at_twenty_random_moments(large: Path) -> None:
+    """Each life begins to write, and is killed some time later; whenever one reaches the end, the next begins anew."""
+    right, generator = contents(large / "right"), random.Random(1)
+    num_killed = num_half_written = num_finished = 0
+    while num_killed < 20 or not num_finished:
+        leftovers = set((large / "out").glob(".*.tmp"))
+        process = start(large, large / "out", "--memory", "40MiB")
+        wait_for(process, large / "out", ".*.tmp", leftovers)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(generator.uniform(0, 0.15) if num_killed < 20 else 120)
+        process.kill()
+        _, told = process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            num_killed += 1
+            num_half_written += not leftovers.issuperset((large / "out").glob(".*.tmp"))
+            continue
+        assert process.returncode == 0, told
+        assert contents(large / "out") == right
+        shutil.rmtree(large / "out")
+        num_finished += 1
+    assert num_half_written >= 5
 
 
-def test_three_workers_one_of_which_comes_back_later(models: Path) -> None:
-    out = models / "parts"
-    workers = [
-        subprocess.Popen(command(models, out, "--part", f"{i}/3"), cwd=ROOT, env=SETTINGS, stdout=subprocess.PIPE) for i in (1, 2, 3)
-    ]
+def test_three_workers_one_of_which_comes_back_later(large: Path) -> None:
+    """The second dies while it writes; the others are done long before somebody starts it again. Then it dies once more."""
+    out = large / "parts"
+    options = ["--memory", "40MiB", "--part"]
+    workers = [start(large, out, *options, f"{i}/3") for i in (1, 2, 3)]
+    wait_for(workers[1], out, ".model-00005-of-*.tmp")  # the second shard of its own
     workers[1].kill()
-    told = [worker.communicate(timeout=120)[0].decode() for worker in workers]
+    told = [worker.communicate(timeout=120)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL, 0]
     assert all("left to other parts" in told[i] for i in (0, 2))
     assert not (out / "manifest.json").exists()
-    late = subprocess.run(command(models, out, "--part", "2/3"), cwd=ROOT, env=SETTINGS, capture_output=True, text=True, check=True)
-    assert "left to other parts" not in late.stdout
-    assert contents(out) == contents(models / "right")
+    again = start(large, out, *options, "2/3")
+    wait_for(again, out, ".model-00020-of-*.tmp")
+    again.kill()
+    assert again.wait() == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+    last = start(large, out, *options, "2/3")
+    assert "left to other parts" not in last.communicate(timeout=120)[0]
+    assert contents(out) == contents(large / "right")
 
 
 def test_six_workers_at_once_each_part_twice(models: Path) -> None:
     out = models / "twice"
-    workers = [subprocess.Popen(command(models, out, "--part", f"{i}/3"), cwd=ROOT, env=SETTINGS) for i in (1, 2, 3, 1, 2, 3)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0] * 6
-    assert contents(out) == contents(models / "right")
-
-
-def test_killed_at_random_moments_as_a_process(models: Path) -> None:
-    out = models / "random"
-    generator = random.Random(1)
-    started = time.perf_counter()
-    subprocess.run(command(models, models / "timed"), cwd=ROOT, env=SETTINGS, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - started
-    for _ in range(6):
-        process = subprocess.Popen(command(models, out), cwd=ROOT, env=SETTINGS, stdout=subprocess.DEVNULL)
-        time.sleep(seconds * generator.uniform(0.5, 1.0))
-        process.kill()
-        process.wait()
-    subprocess.run(command(models, out), cwd=ROOT, env=SETTINGS, check=True, stdout=subprocess.DEVNULL)
+    workers = [start(models, out, "--part", f"{i}/3") for i in (1, 2, 3, 1, 2, 3)]
+    told = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 6, told
     assert contents(out) == contents(models / "right")
 
 
@@ -137,13 +181,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_line_and_more_room_is_enough(models: Path, small_disk: Path, foresees: bool) -> None:
     """The plan sees that the room is too little; where another program takes it meanwhile, the writing does."""
     if foresees:
-        (small_disk / "other").write_bytes(b"x" * 600_000)
+        (small_disk / "other").write_bytes(b"x" * 700_000)
         done = subprocess.run(command(models, small_disk / "out"), cwd=ROOT, env=SETTINGS, capture_output=True, text=True)
         assert "are needed" in done.stderr
     else:
         blind = "import shutil, sys, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=1 << 40); "
         blind += f"from launch.cli import main; sys.exit(main({command(models, small_disk / 'out', '--memory', '20MiB')[3:]}))"
-        (small_disk / "other").write_bytes(b"x" * 500_000)
+        (small_disk / "other").write_bytes(b"x" * 600_000)
         done = subprocess.run([sys.executable, "-c", blind], cwd=ROOT, env=SETTINGS, capture_output=True, text=True)
         assert "no space left on the disk" in done.stderr
         assert any((small_disk / "out").glob("model-*.safetensors"))
