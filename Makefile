@@ -1,12 +1,12 @@
 # make quickstart: set up and run the whole thing; make test: every test; make check: format, lint, types; make bench: speed;
-# make slurm-up, slurm-down: a SLURM cluster on this machine.
+# make slurm-up, slurm-down: a SLURM cluster on this machine; make image-test: the container image, built and tried (as root).
 # Everything happens inside .venv/; the tested versions of all dependencies are in constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-unit check bench setup slurm-up slurm-down clean
+.PHONY: quickstart test test-unit check bench setup slurm-up slurm-down image-test clean
 
 quickstart: $(READY)
 	$(BIN)/flearn run configs/quickstart.yaml
@@ -32,6 +32,9 @@ slurm-up:
 
 slurm-down:
 	@slurm/dev/cluster.sh down
+
+image-test:
+	@$(PYTHON) tests/image/check_image.py
 
 # torch comes first and by its exact version: left to resolve it, pip may pick another build, and deepspeed's setup looks for it.
 $(READY): setup.cfg pyproject.toml constraints.txt
