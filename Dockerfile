@@ -33,11 +33,12 @@ RUN apt-get update \
     && chmod 0777 . runs .cache .cache/huggingface
 
 # Dependencies: a layer that only these three files change. Without its source the project is nothing but what it depends on.
-# torch comes first and by its exact version, as in the Makefile.
+# torch comes first and by its exact version, as in the Makefile. --use-pep517 builds DeepSpeed's package apart from it: with torch in
+# sight its setup asks the base's CUDA for a compiler, and fails.
 COPY setup.cfg pyproject.toml constraints.txt /opt/flearn/
 RUN python3 -m venv /opt/flearn/.venv \
     && pip install --no-cache-dir --constraint /opt/flearn/constraints.txt torch \
-    && pip install --no-cache-dir --constraint /opt/flearn/constraints.txt /opt/flearn \
+    && pip install --no-cache-dir --use-pep517 --constraint /opt/flearn/constraints.txt /opt/flearn \
     && rm -rf /opt/flearn/build /opt/flearn/*.egg-info
 
 # The source: --no-index, for it needs nothing more. chmod, for a checkout may be its owner's alone.

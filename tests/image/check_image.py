@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,6 +84,7 @@ class Container:
 
 def main() -> None:
     _check_this_machine()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # by way of the clean-up
     with tempfile.TemporaryDirectory(prefix="flearn-image-") as name:
         folder = Path(name)
         buildah = Buildah(folder)
