@@ -121,24 +121,26 @@ def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
     """
     problem = _read(folder / ERROR)
     state = job.state if job is not None and job.state not in ("COMPLETED", "FAILED") else None
-    killed = _first_killed(stderr) if job is not None and job.state != "COMPLETED" else None
+    killed, log = _first_killed(stderr) if job is not None and job.state != "COMPLETED" else (None, None)
     said = [text for text in (state, killed or (problem and problem["message"])) if text]
     if problem is not None and killed is None:
         return f"{': '.join(said)} (see {folder / problem['log']})"
     if job is None or job.state == "COMPLETED":
         return None
-    return f"{': '.join(said) or job.state} (see {stderr[0] if stderr else 'scontrol show job'})"
+    return f"{': '.join(said) or job.state} (see {log or (stderr[0] if stderr else 'scontrol show job')})"
 
 
-def _first_killed(stderr: list[Path]) -> str | None:
-    """What srun says of the task that died first, unless that task had words of its own. Of the last attempt, after a requeue."""
-    if not stderr:
-        return None
-    text = re.split(r"DUE TO .*", stderr[0].read_text(encoding="utf-8", errors="replace"))
-    match = re.search(r"^srun: error: (\S+): tasks? (\S+): (.*)$", text[-1], flags=re.MULTILINE)
-    if match is None or match[3].startswith("Exited with exit code"):
-        return None
-    return f"rank {match[2]} on {match[1]}: {match[3]}"
+def _first_killed(stderr: list[Path]) -> tuple[str, Path] | tuple[None, None]:
+    """What srun says, and where, of the task that died first, unless it had words of its own. Of the last attempt, after a requeue.
+
+    srun writes where a job's first task does; an array has a file for each of its tasks.
+    """
+    for log in stderr:
+        text = re.split(r"DUE TO .*", log.read_text(encoding="utf-8", errors="replace"))
+        match = re.search(r"^srun: error: (\S+): tasks? (\S+): (.*)$", text[-1], flags=re.MULTILINE)
+        if match is not None and not match[3].startswith("Exited with exit code"):
+            return f"rank {match[2]} on {match[1]}: {match[3]}", log
+    return None, None
 
 
 def _read(path: Path) -> Any:
