@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -72,13 +73,15 @@ def come_back() -> str | None:
     job would come back. Returns why a job that was to come back cannot, else None.
     """
     job_id = _own_job()
+    if shutil.which("scontrol") is None:
+        return f"saved, but job {job_id} cannot queue itself again, for there is no scontrol in this container: run the same command again"
     try:
         asked = _run(["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"])
         if asked.returncode == 0 and asked.stdout.split() != ["RUNNING"]:
             return None
         done = _run(["scontrol", "requeue", job_id])
         said = " ".join(done.stderr.split()) if done.returncode else None
-    except InputError as error:  # a container without SLURM's commands, or no controller
+    except InputError as error:
         said = str(error)
     if said is None:
         log.info("saved; job %s is queued again", job_id)

@@ -11,7 +11,7 @@
 : "${SLURM_JOB_ID:?submit it with: sbatch [--gres=gpu:4 ...] slurm/single_allocation.sh [CONFIG] [--set KEY=VALUE ...]}"
 
 # The whole run inside one allocation, for sites with long queues: every task of the allocation is a rank, and the stages
-# run one after another. Told of its time limit, it saves and queues itself again; the same command also goes on by hand.
+# run one after another. Told of its time limit, `flearn run` saves, and asks for another turn; the same command also goes on by hand.
 # How many GPUs, which partition: options of sbatch.
 set -euo pipefail
 
@@ -22,13 +22,6 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) WORLD_SIZE=$SLURM_NTASKS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-status=0
 # shellcheck disable=SC2016 # each task sets its own rank
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec flearn run "$@"' flearn "$@" || status=$?
-# 75: saved, and willing to go on (launch/outcome.py). A job that SLURM no longer means to run must not ask for another turn:
-# a cancelled one would come back.
-if [[ $status -eq 75 && $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") == RUNNING ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
+exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec flearn run "$@"' flearn "$@"
