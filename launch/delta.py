@@ -70,7 +70,7 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", default="256MiB", metavar="SIZE", help="the most to use besides Python and torch (default 256MiB)")
+    parser.add_argument("--memory", default="256MiB", metavar="SIZE", help="the most to use besides Python itself (default 256MiB)")
     parser.add_argument("--io", choices=["auto", "direct", "buffered"], default="auto", help="past or through the page cache")
 
 

@@ -65,15 +65,16 @@ def narrow_randomly(values: Array, numbers: Array, out: Array) -> Array:
     """float32 `values` rounded up or down to 16 bits, with probabilities that keep their mean, in `out`.
 
     `numbers`: 16 random bits (uint16) for each value. Values that `out`'s dtype holds exactly stay.
+    Probabilities come in steps of 2**-16, rounded up below float16's smallest normal number.
     """
     bits = values.view(np.uint32)
     if out.dtype == BFLOAT16:  # float32 with the last 16 bits cut off: adding 16 random bits carries as often as it should
         np.copyto(out, np.add(bits, numbers) >> 16, casting="unsafe")
         return out
     normal = (np.add(bits, numbers >> 3) & np.uint32(0xFFFFE000)).view(np.float32)  # float16 has 13 mantissa bits less
-    steps = values * np.float32(2.0**24)  # below 2**-14 float16 has an even grid, of step 2**-24
+    steps = np.abs(values) * np.float32(2.0**24)  # below 2**-14 float16 has an even grid, of step 2**-24
     low = np.floor(steps)
-    subnormal = (low + (numbers < (steps - low) * np.float32(65536.0))) * np.float32(2.0**-24)
+    subnormal = np.copysign((low + (numbers < (steps - low) * np.float32(65536.0))) * np.float32(2.0**-24), values)
     np.copyto(out, np.where(np.abs(values) < np.float32(2.0**-14), subnormal, normal), casting="same_kind")
     return out
 

@@ -53,13 +53,16 @@ class Journal:
 
         Raises InputError if the folder holds anything else.
         """
-        begun, manifest = self.recipe, self.manifest  # in this order: a worker that completes it now writes one, then removes the other
+        # In this order: what a fellow worker puts here meanwhile is no stranger; one that completes it writes the manifest, and then
+        # removes the recipe.
+        strangers = sorted(path.name for path in self.out.glob("*") if path.name != INCOMPLETE)
+        begun, manifest = self.recipe, self.manifest
         if manifest is not None:
             self._require_same(manifest["recipe"], recipe, "holds a finished result")
             shutil.rmtree(self._folder, ignore_errors=True)
             return manifest
         if begun is None:
-            self._begin(recipe)
+            self._begin(recipe, strangers)
             begun = self.recipe
         if begun is None:
             raise InputError(f"{self._folder}: damaged; {_ADVICE}")
@@ -67,12 +70,11 @@ class Journal:
         sweep(self.out)
         return None
 
-    def _begin(self, recipe: dict[str, Any]) -> None:
-        if self.out.exists() and not self.out.is_dir():
+    def _begin(self, recipe: dict[str, Any], strangers: list[str]) -> None:
+        if (self.out.exists() or self.out.is_symlink()) and not self.out.is_dir():
             raise InputError(f"{self.out}: is not a folder; {_ADVICE}")
-        foreign = sorted(path.name for path in self.out.glob("*") if path.name != INCOMPLETE)
-        if foreign:
-            raise InputError(f"{self.out}: is not empty ({', '.join(foreign[:3])}) and was not made by this command; {_ADVICE}")
+        if strangers:
+            raise InputError(f"{self.out}: is not empty ({', '.join(strangers[:3])}) and was not made by this command; {_ADVICE}")
         aside = self._folder / uuid4().hex
         aside.mkdir(parents=True)
         write_json(aside / "recipe.json", recipe)
@@ -105,6 +107,8 @@ class Journal:
         """Note that `shard` is in place, with what is to be known of it."""
         with self._unless_complete():
             write_json(self._folder / f"{shard.file_name}.json", receipt)
+        if self.manifest is not None:  # a faster worker completed it, and removed the folder that this has just made again
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def commit(self, manifest: dict[str, Any], write_files: Callable[[Path], None]) -> None:
         """Put the files that `write_files` makes in a folder beside the shards, then the manifest: the output is complete."""

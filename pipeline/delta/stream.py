@@ -23,8 +23,8 @@ from pipeline.delta import chunks
 from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula
 from pipeline.delta.chunks import Chunk, Part, cut
 from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
-from pipeline.delta.floats import array_dtype, of_tensor
-from pipeline.delta.plan import Plan
+from pipeline.delta.floats import array_dtype, count_not_finite, of_tensor
+from pipeline.delta.plan import Plan, is_subtracted
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
 from pipeline.weights.adapter import AdapterSource
@@ -173,6 +173,8 @@ class Stream:
         if item.other is None:
             with self._arithmetic() as arithmetic:
                 arithmetic.keep(item.info.name, part.start, values, out)
+            if is_subtracted(item.info) and (count_not_finite(values) or count_not_finite(out)):
+                raise InputError(f"{item.info.name}: NaN or infinity in the base, or after rounding to the stored dtype")
             return None
         if self._adapter is None:
             other = self._tuned.read(item.other, part.start, part.stop, tuned)

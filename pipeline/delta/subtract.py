@@ -8,13 +8,14 @@ Run again after a kill it goes on where it was; run again after the end it does 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from pipeline.artifact import content_digest, write_json
 from pipeline.delta import diagnostics
@@ -33,7 +34,7 @@ from pipeline.weights.writer import copy_extras, main_dtype, require_free
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes to write in all."""
 
-ARITHMETIC_VERSION = 1
+ARITHMETIC_VERSION = 2
 """Part of the recipe: to be raised whenever the same inputs would give other bytes."""
 
 
@@ -76,7 +77,7 @@ def subtract(
         rounding: To 16 bits: to the nearest value, or stochastic, which keeps the mean.
         seed: Of stochastic rounding.
         max_shard_size: Such as `2GB`.
-        memory: The most to use besides Python and torch themselves, such as `256MiB`.
+        memory: The most to use besides Python and its libraries, such as `256MiB`.
         io: `direct` past the page cache, `buffered` through it; `auto`: direct for large files where it can be had.
         undoes: Whether this takes back an earlier subtraction, so that what survives of the change does not matter.
         part: (i, n): do the i-th of n parts (from 1). The one that finishes last completes `out`.
@@ -84,8 +85,8 @@ def subtract(
     Raises:
         InputError: The models do not fit, `out` holds something else, the disk is too full, or a weight is not finite.
     """
-    if not math.isfinite(scale):
-        raise InputError(f"scale {scale}: must be a finite number")
+    if not abs(scale) <= float(np.finfo(np.float32).max):
+        raise InputError(f"scale {scale}: must be a finite number, in float32 too")
     for source in (base, tuned):
         if out.resolve().is_relative_to(source.resolve()):
             raise InputError(f"{out}: lies in {source}, which is read; give another --out")

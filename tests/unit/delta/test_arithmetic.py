@@ -150,10 +150,10 @@ def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, value: float) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_leaves_exact_values_alone(dtype: torch.dtype) -> None:
-    values = torch.tensor([0.0, 1.0, -2.5, 2.0**-24, 0.0625, -6.1035e-5]).to(dtype).float()
+    values = torch.tensor([0.0, -0.0, 1.0, -2.5, 2.0**-24, 0.0625, -6.1035e-5]).to(dtype).float()
     for number in (0, 1, 65535):
         numbers = np.full(len(values), number, np.uint16)
-        assert torch.equal(rounded_randomly(values, dtype, numbers).float(), values)
+        assert torch.equal(rounded_randomly(values, dtype, numbers).float().view(torch.int32), values.view(torch.int32))
 
 
 def test_draws_depend_on_seed_name_and_place_alone() -> None:

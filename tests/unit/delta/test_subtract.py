@@ -322,3 +322,37 @@ def test_an_interrupt_leaves_no_half_written_file(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         subtract(base, tuned, 0.3, tmp_path / "out", progress=interrupt)
     assert not any(name.endswith((".tmp", ".safetensors")) for name in contents(tmp_path / "out"))
+
+
+def test_a_slower_twin_leaves_a_finished_output_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = write_pair(tmp_path)
+    twins: list[str] = []
+
+    class Overtaken(OutputFile):
+        """By a twin that does everything before the second shard is opened."""
+
+        def __init__(self, path: Path, *rest: Any) -> None:
+            if "00002" in path.name and not twins:
+                twins.append("runs")
+                twins.append(subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD).state)
+            super().__init__(path, *rest)
+
+    monkeypatch.setattr(module, "OutputFile", Overtaken)
+    subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD)
+    assert twins == ["runs", "written"]
+    assert not (tmp_path / "out/.incomplete").exists()
+    assert equal(load(tmp_path / "out"), formula(load(base), load(tuned), 0.3))
+
+
+def test_a_scale_beyond_float32_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path)
+    with pytest.raises(InputError, match="scale 1e\\+39"):
+        subtract(base, tuned, 1e39, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path)
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="is not a folder"):
+        subtract(base, tuned, 0.3, tmp_path / "out")

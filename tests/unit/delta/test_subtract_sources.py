@@ -169,3 +169,13 @@ def test_an_adapter_alone_is_no_base(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter")
     with pytest.raises(InputError, match="an adapter; the model that it was trained on"):
         subtract(tmp_path / "adapter", tmp_path / "adapter", 0.3, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("same", float("nan")), ("float16", 70000.0)])
+def test_a_tensor_that_the_adapter_leaves_alone_must_be_finite_too(tmp_path: Path, dtype: str, value: float) -> None:
+    tensors = layered(0, torch.float32)
+    tensors["model.norm.weight"][3] = value
+    save(tmp_path / "base", tensors)
+    write_adapter(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"model\.norm\.weight: NaN or infinity"):
+        subtract(tmp_path / "base", tmp_path / "adapter", 0.7, tmp_path / "out", dtype=dtype)
