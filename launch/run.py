@@ -37,7 +37,10 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    experiment = config.load(arguments.config, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.on == "here" and _is_one_rank():
+        overrides += [f"cluster.ranks={os.environ['WORLD_SIZE']}", "cluster.nodes=1"]
+    experiment = config.load(arguments.config, overrides)
     plan = stages.plan(experiment)
     if arguments.dry_run:
         print(describe(plan))
@@ -71,7 +74,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _run_here(plan: Plan, experiment: Experiment) -> int:
     from launch import report
 
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if _is_one_rank():
         return _run_as_rank(plan)
     with exclusive(plan.run_dir) as lock:
         write_json(plan.run_dir / PLAN, plan.to_json())
@@ -90,6 +93,11 @@ def _run_here(plan: Plan, experiment: Experiment) -> int:
     return 0
 
 
+def _is_one_rank() -> bool:
+    """Whether torchrun or srun started this command once for each rank."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
 def _run_as_rank(plan: Plan) -> int:
     """Be one rank among those that torchrun or srun started with this same command, perhaps on several machines."""
     from launch import job, report, worker
@@ -103,7 +111,7 @@ def _run_as_rank(plan: Plan) -> int:
         if is_main and code == 0:
             report.publish(plan)
             report.show(plan)
-        if is_main and code == STOPPED and "SLURM_STEP_ID" in os.environ:
+        if is_main and code == STOPPED and "FLEARN_REQUEUE" in os.environ:  # slurm/single_allocation.sh, which does nothing else
             job.come_back(plan, next(plan.pending()).id)
         worker.leave(code, context)
 

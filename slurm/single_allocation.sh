@@ -22,6 +22,10 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) WORLD_SIZE=$SLURM_NTASKS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
+export FLEARN_REQUEUE=1
+
+# A task that sees one GPU (--gpus-per-task) takes that.
 # shellcheck disable=SC2016 # each task sets its own rank
 exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec flearn run "$@"' flearn "$@"
+    bash -c 'gpus=${CUDA_VISIBLE_DEVICES:-,}; [[ $gpus == *,* ]] && local_rank=$SLURM_LOCALID
+             RANK=$SLURM_PROCID LOCAL_RANK=${local_rank:-0} exec flearn run "$@"' flearn "$@"

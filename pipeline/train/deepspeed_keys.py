@@ -113,7 +113,7 @@ def _require_kind(name: str, value: Any) -> None:
     kind, is_switch = _FREE[name], isinstance(value, bool)
     if kind == "switch" and not is_switch:
         raise InputError(f"deepspeed.{name}: expected true or false, not {value!r}")
-    if kind == "size" and value != "auto" and (is_switch or not isinstance(value, (int, float)) or value < 0 or value != int(value)):
+    if kind == "size" and value != "auto" and (is_switch or not isinstance(value, (int, float)) or value < 0 or value % 1 != 0):
         raise InputError(f"deepspeed.{name}: expected a whole number, not {value!r}")
 
 
