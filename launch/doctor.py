@@ -54,7 +54,7 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
     cluster = experiment.cluster if experiment is not None else Cluster()
     capacity: Capacity | None
     if on == "here":
-        capacity = yield from _rows_here(cluster)
+        capacity = yield from _rows_here(cluster, experiment is not None)
     else:
         from launch import cluster_check
 
@@ -67,7 +67,8 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
         yield from forecast.rows(experiment, capacity)
 
 
-def _rows_here(cluster: Cluster) -> Generator[Row, None, Capacity]:
+def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capacity]:
+    """Measuring speed takes the GPU's memory for a moment: not for a health check beside a training."""
     from launch.forecast import Capacity
 
     runs_dir = Path(cluster.runs_dir).absolute()
@@ -77,7 +78,7 @@ def _rows_here(cluster: Cluster) -> Generator[Row, None, Capacity]:
         device_bytes=min(devices.memory_bytes) if devices.names else None,
         host_bytes=machine.host_memory_bytes(),
         disk_bytes=shutil.disk_usage(machine.existing(runs_dir)).free,
-        flops=machine.measure_flops(),
+        flops=machine.measure_flops() if needs_flops else None,
     )
 
 

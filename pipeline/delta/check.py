@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,6 +15,7 @@ from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
 from pipeline.delta.floats import count_not_finite
 from pipeline.delta.plan import is_recomputed
 from pipeline.errors import InputError
+from pipeline.weights.layout import read_index
 from pipeline.weights.safetensors import INDEX, SafetensorsSource
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
 
@@ -33,9 +33,12 @@ def check_files(out: Path, shards: Digests) -> Iterator[str]:
     if len(shards) == 1:
         return
     try:
-        weight_map = json.loads((out / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        weight_map = read_index(out / INDEX)
+    except OSError as error:
         yield f"{INDEX}: cannot be read ({type(error).__name__})"
+        return
+    except InputError as error:
+        yield str(error)
         return
     right = {name: file for file, tensors in shards.items() for name in tensors}
     for name in sorted({name for name, _ in weight_map.items() ^ right.items()}):

@@ -7,8 +7,14 @@ from dataclasses import fields
 from typing import Any
 
 from pipeline.delta.survival import Survival
+from pipeline.weights.source import DTYPE_BYTES
 
 _Kinds = Mapping[str, type | tuple[type, ...]]
+
+_ROUNDINGS = ("nearest", "stochastic")
+_DTYPES = ("same", "float64", "float32", "bfloat16", "float16")
+_LARGEST = 3.4028234663852886e38
+"""Of float32, in which a scale is used."""
 
 _NUMBER = (int, float)
 _MAYBE_NUMBER = (int, float, type(None))
@@ -39,12 +45,16 @@ def is_manifest(value: Any) -> bool:
     """Whether `value` (of a JSON file) is the manifest of a finished subtraction."""
     if not _has(value, _MANIFEST) or not _has(value["recipe"], _RECIPE) or not _has(value["survival"], _FIGURES):
         return False
-    inputs = [value["recipe"]["base"], value["recipe"]["tuned"]]
+    recipe = value["recipe"]
+    dtypes = recipe["dtype"].values() if isinstance(recipe["dtype"], dict) else [recipe["dtype"]]
+    if abs(recipe["scale"]) > _LARGEST or recipe["rounding"] not in _ROUNDINGS or not all(dtype in _DTYPES for dtype in dtypes):
+        return False
+    inputs = [recipe["base"], recipe["tuned"]]
     shards, tensors = value["shards"], value["tensors"].values()
     if not (all(_has(one, _INPUT) for one in inputs) and all(_has(one, _SHARD) for one in shards)):
         return False
     files = {shard["file"] for shard in shards}
-    return bool(files) and all(_has(tensor, _TENSOR) and tensor["file"] in files for tensor in tensors)
+    return bool(files) and all(_has(one, _TENSOR) and one["file"] in files and one["base_dtype"] in DTYPE_BYTES for one in tensors)
 
 
 def is_receipt(value: Any, names: Collection[str] | None = None) -> bool:

@@ -37,7 +37,7 @@ def find_weight_files(path: Path, single: str, index: str, pattern: str) -> Weig
     if (path / single).is_file():
         names = {single}
     elif (path / index).is_file():
-        weight_map = _read_index(path / index)
+        weight_map = read_index(path / index)
         names = set(weight_map.values())
     else:
         names = {shard for file in path.glob(pattern) for shard in _siblings(file.name)}
@@ -59,7 +59,7 @@ def _siblings(name: str) -> Iterator[str]:
     yield from (f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1))
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """An index's {tensor name: file name}. File names that lead out of the folder are refused."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

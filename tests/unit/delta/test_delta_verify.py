@@ -115,6 +115,12 @@ def test_a_wrong_index_is_named(out: Path) -> None:
     assert only_problem(out).startswith(f"model.safetensors.index.json: says that {NAME} lies in model-00001")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"weight_map": []}', '{"weight_map": {"a": ["x"]}}', "{}"])
+def test_an_index_that_is_none_is_named(out: Path, text: str) -> None:
+    (out / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json: " in only_problem(out)
+
+
 def test_a_doctored_manifest_is_found_out(out: Path) -> None:
     """The file and its digest fit each other, but not the models they were made from."""
     values = load(out)[NAME] + 1

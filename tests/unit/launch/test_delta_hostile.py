@@ -158,6 +158,11 @@ def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
     return {
         "no base": lambda manifest: manifest["recipe"].pop("base"),
         "a scale in words": lambda manifest: manifest["recipe"].update(scale="much"),
+        "a scale beyond float32": lambda manifest: manifest["recipe"].update(scale=10**400),
+        "a dtype of nobody": lambda manifest: manifest["recipe"].update(dtype="float7"),
+        "a table of no dtypes": lambda manifest: manifest["recipe"].update(dtype={"lm_head.weight": []}),
+        "rounding up": lambda manifest: manifest["recipe"].update(rounding="up"),
+        "a base's dtype of nobody": lambda manifest: manifest["tensors"]["lm_head.weight"].update(base_dtype="zzz"),
         "shards are texts": lambda manifest: manifest.update(shards=["model.safetensors"]),
         "a tensor in no shard": lambda manifest: manifest["tensors"]["lm_head.weight"].update(file="../x"),
         "no survival": lambda manifest: manifest.update(survival={}),
