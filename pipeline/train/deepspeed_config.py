@@ -81,7 +81,11 @@ def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
         given = settings.pop(name, "auto")
         if given not in ("auto", getattr(training, name)):
             raise InputError(f'deepspeed.optimizer.params.{name}: {given} contradicts {name} {getattr(training, name)}; write "auto"')
-    settings.pop("torch_adam", None)
+    for name in ("torch_adam", "fused"):  # how it is computed: decided by the device
+        settings.pop(name, None)
+    for name, default in (("amsgrad", False), ("bias_correction", True)):
+        if settings.get(name) == default:
+            del settings[name]
     chosen = {name: settings.pop(name) for name in ("betas", "eps") if name in settings}
     if settings:
         raise InputError(f"deepspeed.optimizer.params: no such setting of AdamW here: {', '.join(settings)}; leave it out")

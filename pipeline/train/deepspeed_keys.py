@@ -98,7 +98,7 @@ def _keep(key: str, value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """The one setting, or none if it says nothing."""
     name = f"{prefix}{key}"
     if name in _FREE:
-        if value is not None:
+        if value is not None and not (_FREE[name] == "switch" and value == "auto"):  # DeepSpeed's own default then holds
             _require_kind(name, value)
             yield key, value
     elif any(free.startswith(f"{name}.") for free in _FREE):

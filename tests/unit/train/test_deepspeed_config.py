@@ -30,7 +30,10 @@ USUAL: dict[str, Any] = {
         "hysteresis": 2,
         "min_loss_scale": 1,
     },
-    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95], "eps": "auto", "weight_decay": "auto"}},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": [0.9, 0.95], "eps": "auto", "weight_decay": "auto", "fused": True, "amsgrad": False},
+    },
     "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
     "zero_optimization": {
         "stage": 3,
@@ -38,6 +41,7 @@ USUAL: dict[str, Any] = {
         "contiguous_gradients": True,
         "sub_group_size": 1e9,
         "reduce_bucket_size": "auto",
+        "reduce_scatter": "auto",
         "stage3_prefetch_bucket_size": "auto",
         "stage3_param_persistence_threshold": "auto",
         "stage3_max_live_parameters": 1e9,
