@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.settings import Section, check, read_yaml
 
@@ -40,6 +40,15 @@ class Site(Section):
     """Further options of sbatch, by their long names."""
     kill_on_invalid_dependency: bool = True
     """Whether a job whose predecessor failed is cancelled (some sites forbid the option: it then waits until `flearn cancel`)."""
+
+    @model_validator(mode="after")
+    def _leaves_time(self) -> Site:
+        if self.minutes * 60 < self.warning_seconds + 180:
+            raise ValueError(
+                f"minutes: {self.minutes} leaves a job no time to work: it is told to save {self.warning_seconds} s"
+                " (warning_seconds) before its limit, or a minute earlier"
+            )
+        return self
 
 
 def load_site(path: str | None) -> Site:

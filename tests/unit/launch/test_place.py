@@ -1,0 +1,82 @@
+"""From a stage and a site to sbatch's options, and what a site file may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.place import SHAPES, parameters
+from launch.site import Site, load_site
+from pipeline.config import Cluster
+from pipeline.errors import InputError
+from pipeline.stages import STAGES
+
+TWO_NODES = Cluster(ranks=8, nodes=2)
+
+
+def test_every_stage_has_a_shape() -> None:
+    assert SHAPES.keys() == STAGES.keys()
+
+
+def test_a_fine_tuning_has_a_task_and_a_gpu_for_each_rank() -> None:
+    site = Site(partition="gpu", gpus="gres", gpu_type="a100", cpus_per_rank=6, memory_per_rank="60GB", account="lab", qos="high")
+    found = parameters("teach", TWO_NODES, site)
+    assert {name: found[name] for name in ("nodes", "ntasks_per_node", "cpus_per_task", "mem", "partition", "account", "qos")} == {
+        "nodes": 2,
+        "ntasks_per_node": 4,
+        "cpus_per_task": 6,
+        "mem": "240GB",
+        "partition": "gpu",
+        "account": "lab",
+        "qos": "high",
+    }
+    assert found["additional_parameters"] == {"requeue": True, "gres": "gpu:a100:4"}
+    assert found["srun_args"] == ["--cpus-per-task=6", "--kill-on-bad-exit=1"]
+
+
+@pytest.mark.parametrize(("gpus", "option"), [("gpus-per-node", {"gpus-per-node": "4"}), ("gpus-per-task", {"gpus-per-task": "1"})])
+def test_gpus_as_the_site_wants_them_asked_for(gpus: Any, option: dict[str, str]) -> None:
+    assert parameters("learn", TWO_NODES, Site(gpus=gpus))["additional_parameters"] == {"requeue": True} | option
+
+
+@pytest.mark.parametrize("stage", ["facts", "model", "forget", "report"])
+def test_what_needs_no_gpu_takes_none_and_goes_to_the_cpu_partition(stage: str) -> None:
+    found = parameters(stage, TWO_NODES, Site(partition="gpu", cpu_partition="cpu", gpus="gres"))
+    assert (found["nodes"], found["ntasks_per_node"], found["partition"]) == (1, 1, "cpu")
+    assert "gres" not in found["additional_parameters"]
+
+
+def test_an_evaluation_has_one_gpu() -> None:
+    found = parameters("evaluate", TWO_NODES, Site(partition="gpu", gpus="gres"))
+    assert (found["nodes"], found["ntasks_per_node"]) == (1, 1)
+    assert found["additional_parameters"]["gres"] == "gpu:1"
+
+
+def test_a_sites_own_options_are_added() -> None:
+    found = parameters("teach", TWO_NODES, Site(sbatch={"constraint": "a100", "exclusive": True}, srun_args=["--container-image=x"]))
+    assert found["additional_parameters"] == {"requeue": True, "constraint": "a100", "exclusive": True}
+    assert found["srun_args"][-1] == "--container-image=x"
+    assert "partition" not in found and "account" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("partitoin: gpu", "partition"),
+        ("gpus: some", "gpus"),
+        ("cpus_per_rank: 0", "cpus_per_rank"),
+        ("minutes: 4", "warning_seconds"),
+    ],
+)
+def test_a_wrong_site_file_is_one_line_that_names_the_field(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "site.yaml").write_text(text + "\n")
+    with pytest.raises(InputError) as error:
+        load_site(str(tmp_path / "site.yaml"))
+    assert said in str(error.value) and "site.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_memory_in_another_unit_is_refused() -> None:
+    with pytest.raises(InputError, match="memory_per_rank"):
+        parameters("teach", TWO_NODES, Site(memory_per_rank="60000M"))
