@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MOST_MIB = 350
-"""Above the bare `import torch`, with the default of --memory 256MiB."""
+"""Anonymous memory of the whole command, the interpreter included, with the default of --memory 256MiB."""
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def test_a_model_three_times_as_large_takes_no_more(tmp_path: Path) -> None:
     peaks = []
     for num_layers in ("1", "7"):
         figures = measure("subtract.py", tmp_path, "--layers", num_layers, "--rounds", "0")
-        peaks.append(figures["command_peak_mib"] - figures["import_torch_peak_mib"])
+        peaks.append(figures["command_peak_mib"])
     assert max(peaks) <= MOST_MIB
     assert peaks[1] <= 1.1 * peaks[0]
     assert not list(tmp_path.iterdir())
@@ -41,4 +41,4 @@ def test_a_model_three_times_as_large_takes_no_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stage", "ranks"), [("2", "2"), ("3", "8")])
 def test_zero_partitions_take_no_more(tmp_path: Path, stage: str, ranks: str) -> None:
     figures = measure("zero.py", tmp_path, "--layers", "4", "--stage", stage, "--ranks", ranks, "--only-ours")
-    assert figures["subtract_peak_mib"] - figures["import_torch_peak_mib"] <= MOST_MIB
+    assert figures["subtract_peak_mib"] <= MOST_MIB
