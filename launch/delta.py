@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import printable
+
 if TYPE_CHECKING:
     from pipeline.delta.subtract import Outcome
 
@@ -118,9 +120,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     with _bar("verifying") as progress:
         verdict = verify(arguments.out, memory=arguments.memory, io=arguments.io, progress=progress)
     for problem in verdict.problems:
-        print(problem)
+        print(printable(problem))
     for note in verdict.notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
     print(f"{arguments.out}: " + (f"{len(verdict.problems)} differ" if verdict.problems else "as it should be"))
     return 1 if verdict.problems else 0
 

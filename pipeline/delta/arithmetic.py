@@ -24,6 +24,11 @@ BLOCK_ELEMENTS = 1 << 17
 _ROW = 1 << 13
 
 
+def is_scale(value: float) -> bool:
+    """Whether float32, in which a scale is used, has such a finite number."""
+    return abs(value) <= float(np.finfo(np.float32).max)
+
+
 @dataclass(frozen=True)
 class Formula:
     """What is computed for every weight: `scale` is the paper's lambda; `seed` matters to stochastic rounding alone."""

@@ -19,6 +19,9 @@ BFLOAT16 = np.dtype("<u2")
 FLOAT16 = np.dtype("<f2")
 NARROW = (BFLOAT16, FLOAT16)
 
+_BLOCK = 1 << 17
+"""Elements looked at at a time: what that takes beside them stays small, and in the processor's cache."""
+
 
 def array_dtype(dtype: str) -> np.dtype[Any]:
     """numpy's dtype for one of a tensor source's."""
@@ -81,6 +84,10 @@ def narrow_randomly(values: Array, numbers: Array, out: Array) -> Array:
 
 def count_not_finite(values: Array) -> int:
     """How many of a floating-point array are NaN or infinite."""
+    return sum(_count_not_finite(values[begin : begin + _BLOCK]) for begin in range(0, values.size, _BLOCK))
+
+
+def _count_not_finite(values: Array) -> int:
     finite = (values & 0x7F80) != 0x7F80 if values.dtype == BFLOAT16 else np.isfinite(values)
     return values.size - int(np.count_nonzero(finite))
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
+from pipeline.delta.arithmetic import Rounding, is_scale
 from pipeline.delta.survival import Survival
 from pipeline.weights.source import DTYPE_BYTES
 
 _Kinds = Mapping[str, type | tuple[type, ...]]
 
-_ROUNDINGS = ("nearest", "stochastic")
 _DTYPES = ("same", "float64", "float32", "bfloat16", "float16")
-_LARGEST = 3.4028234663852886e38
-"""Of float32, in which a scale is used."""
 
 _NUMBER = (int, float)
 _MAYBE_NUMBER = (int, float, type(None))
@@ -47,7 +45,7 @@ def is_manifest(value: Any) -> bool:
         return False
     recipe = value["recipe"]
     dtypes = recipe["dtype"].values() if isinstance(recipe["dtype"], dict) else [recipe["dtype"]]
-    if abs(recipe["scale"]) > _LARGEST or recipe["rounding"] not in _ROUNDINGS or not all(dtype in _DTYPES for dtype in dtypes):
+    if not is_scale(recipe["scale"]) or recipe["rounding"] not in get_args(Rounding) or not all(dtype in _DTYPES for dtype in dtypes):
         return False
     inputs = [recipe["base"], recipe["tuned"]]
     shards, tensors = value["shards"], value["tensors"].values()

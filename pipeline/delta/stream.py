@@ -23,7 +23,7 @@ from pipeline.delta import chunks
 from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula
 from pipeline.delta.chunks import Chunk, Part, cut
 from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
-from pipeline.delta.floats import array_dtype, count_not_finite, of_tensor
+from pipeline.delta.floats import Array, array_dtype, count_not_finite, of_tensor
 from pipeline.delta.plan import Plan, is_subtracted
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
@@ -173,8 +173,8 @@ class Stream:
         if item.other is None:
             with self._arithmetic() as arithmetic:
                 arithmetic.keep(item.info.name, part.start, values, out)
-            if is_subtracted(item.info) and (count_not_finite(values) or count_not_finite(out)):
-                raise InputError(f"{item.info.name}: NaN or infinity in the base, or after rounding to the stored dtype")
+                if is_subtracted(item.info):
+                    _require_finite(item.info.name, values, out)
             return None
         if self._adapter is None:
             other = self._tuned.read(item.other, part.start, part.stop, tuned)
@@ -219,6 +219,11 @@ def _rooms(plan: Plan, tuned: TensorSource) -> tuple[int, int]:
             size = _DELTA_BYTES if isinstance(tuned, AdapterSource) else DTYPE_BYTES[tuned.tensors[item.other].dtype]
             tuned_room = max(tuned_room, room_for(num_elements * size))
     return base_room, tuned_room
+
+
+def _require_finite(name: str, values: Array, out: Array) -> None:
+    if count_not_finite(values) or (out.dtype != values.dtype and count_not_finite(out)):
+        raise InputError(f"{name}: NaN or infinity in the base, or after rounding to the stored dtype")
 
 
 @contextmanager

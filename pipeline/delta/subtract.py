@@ -15,11 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from pipeline.artifact import content_digest, write_json
 from pipeline.delta import diagnostics
-from pipeline.delta.arithmetic import Formula, Rounding
+from pipeline.delta.arithmetic import Formula, Rounding, is_scale
 from pipeline.delta.disk import Io, OutputFile
 from pipeline.delta.journal import Journal
 from pipeline.delta.plan import Plan, make_plan
@@ -85,7 +83,7 @@ def subtract(
     Raises:
         InputError: The models do not fit, `out` holds something else, the disk is too full, or a weight is not finite.
     """
-    if not abs(scale) <= float(np.finfo(np.float32).max):
+    if not is_scale(scale):
         raise InputError(f"scale {scale}: must be a finite number, in float32 too")
     for source in (base, tuned):
         if out.resolve().is_relative_to(source.resolve()):

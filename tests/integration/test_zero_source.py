@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from zero_checkpoint import Checkpoint
 
 from pipeline.errors import InputError
@@ -53,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 LAID_OUT = ["stage 2, bf16, frozen", "stage 3, bf16, two groups", "stage 3, sub-groups"]
 UNIVERSAL = ["stage 2, bf16, frozen"]
-if tuple(map(int, version("deepspeed").split(".")[:3])) >= (0, 19, 8):  # what older ones cannot, or lay out differently
+if Version(version("deepspeed")) >= Version("0.19.8"):  # what older ones cannot, or lay out differently
     CASES["stage 2, parameters aligned"] = {"stage": 2, "parameter_alignment": True, "groups": "two"}
     LAID_OUT.append("stage 2, fp32, a group of one element")
     UNIVERSAL.append("stage 3, sub-groups")

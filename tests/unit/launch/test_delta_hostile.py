@@ -158,6 +158,7 @@ def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
     return {
         "no base": lambda manifest: manifest["recipe"].pop("base"),
         "a scale in words": lambda manifest: manifest["recipe"].update(scale="much"),
+        "a scale that is no number": lambda manifest: manifest["recipe"].update(scale=float("nan")),
         "a scale beyond float32": lambda manifest: manifest["recipe"].update(scale=10**400),
         "a dtype of nobody": lambda manifest: manifest["recipe"].update(dtype="float7"),
         "a table of no dtypes": lambda manifest: manifest["recipe"].update(dtype={"lm_head.weight": []}),
