@@ -124,6 +124,7 @@ class Stream:
                     while thread.is_alive():
                         thread.join(0.1)
                         on_progress(self._num_done)
+            on_progress(self._num_done)  # what was done since, or before any thread was looked at
         except BaseException as error:  # the caller was interrupted
             self._fail(error)
             for thread in threads:
