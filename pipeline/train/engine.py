@@ -76,7 +76,7 @@ def _forget_zero3() -> None:
 def engine_for(model: Any, ready: Ready, training: Training) -> Iterator[Any]:
     """The DeepSpeed engine that trains those parameters of `model` that require gradients, with torch's AdamW.
 
-    One group of parameters: the weight decay holds for all of them. Buffers (rotary frequencies) keep their own dtype.
+    One group of parameters: the weight decay holds for all of them.
     """
     import deepspeed
 
@@ -84,23 +84,12 @@ def engine_for(model: Any, ready: Ready, training: Training) -> Iterator[Any]:
     optimizer = torch.optim.AdamW(
         trained, lr=training.lr, betas=ready.adam.betas, eps=ready.adam.eps, weight_decay=training.weight_decay, fused=True
     )
-    with _buffers_kept(model):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ready.config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ready.config, dist_init_required=False)
     engine.train()
     try:
         yield engine
     finally:
         engine.destroy()
-
-
-@contextmanager
-def _buffers_kept(model: Any) -> Iterator[None]:
-    """DeepSpeed before 0.19 rounds all buffers to bf16; transformers computes rotary frequencies in fp32, in bf16 models too."""
-    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    yield
-    for name, buffer in model.named_buffers():
-        if name in kept and buffer.dtype != kept[name].dtype:
-            buffer.data = kept[name].to(buffer.device)
 
 
 def drop_moments(engine: Any) -> None:

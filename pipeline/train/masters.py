@@ -2,7 +2,7 @@
 
 `deepspeed.initialize` makes the fp32 masters from weights already rounded to bf16, which undoes a small subtraction. So
 the values come afterwards, bit for bit, and the 16-bit weights are then derived from them. Names of DeepSpeed's fields
-are those of 0.16 to 0.19; a test compares every element at ZeRO 1, 2 and 3.
+are those of 0.19; a test compares every element at ZeRO 1, 2 and 3.
 """
 
 from __future__ import annotations
