@@ -21,6 +21,8 @@ from pipeline.stages import Plan
 
 PLAN = "plan.json"
 LOCK = ".lock"
+ALLOCATION = "FLEARN_ALLOCATION"
+"""Set by slurm/single_allocation.sh: this command is one task of a job that does nothing else, and may ask for another turn of it."""
 _ON = "here: processes of this machine (default); slurm: a chain of jobs; local: the same jobs on this machine, one after another"
 
 
@@ -38,6 +40,10 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
+    if ALLOCATION in os.environ:
+        from launch import job
+
+        job.export_ranks()
     if arguments.on == "here" and _is_one_rank():
         overrides += [f"cluster.ranks={os.environ['WORLD_SIZE']}", "cluster.nodes=1"]
     experiment = config.load(arguments.config, overrides)
@@ -111,7 +117,7 @@ def _run_as_rank(plan: Plan) -> int:
         if is_main and code == 0:
             report.publish(plan)
             report.show(plan)
-        if is_main and code == STOPPED and "FLEARN_REQUEUE" in os.environ:  # slurm/single_allocation.sh, which does nothing else
+        if is_main and code == STOPPED and ALLOCATION in os.environ:
             job.come_back(plan, next(plan.pending()).id)
         worker.leave(code, context)
 

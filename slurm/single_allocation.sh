@@ -18,14 +18,6 @@ set -euo pipefail
 [[ ${1:--} != -* ]] || set -- configs/llama2_7b_zsre.yaml "$@"
 cd "${SLURM_SUBMIT_DIR:?}"
 export PATH=$PWD/.venv/bin:$PATH
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) WORLD_SIZE=$SLURM_NTASKS
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-
-export FLEARN_REQUEUE=1
-
-# A task that sees one GPU (--gpus-per-task) takes that.
-# shellcheck disable=SC2016 # each task sets its own rank
-exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    bash -c 'gpus=${CUDA_VISIBLE_DEVICES:-,}; [[ $gpus == *,* ]] && local_rank=$SLURM_LOCALID
-             RANK=$SLURM_PROCID LOCAL_RANK=${local_rank:-0} exec flearn run "$@"' flearn "$@"
+# For launch/run.py: a task of this job is a rank. For submitit: which scheduler's variables say so.
+export FLEARN_ALLOCATION=1 SUBMITIT_EXECUTOR=slurm
+exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" flearn run "$@"
