@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from pipeline.config import Training
@@ -78,9 +79,9 @@ def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
     if kind.lower() not in ("adam", "adamw") or not settings.pop("adam_w_mode", True):
         raise InputError(f"deepspeed.optimizer.type: AdamW is what is supported, not {kind}")
     for name in ("lr", "weight_decay"):
-        given = settings.pop(name, "auto")
-        if given not in ("auto", getattr(training, name)):
-            raise InputError(f'deepspeed.optimizer.params.{name}: {given} contradicts {name} {getattr(training, name)}; write "auto"')
+        given = settings.pop(name, None)
+        if not _agrees(given, getattr(training, name)):
+            raise InputError(f'deepspeed.optimizer.params.{name}: {given!r} contradicts {name} = {getattr(training, name)}; write "auto"')
     for name in ("torch_adam", "fused"):  # how it is computed: decided by the device
         settings.pop(name, None)
     for name, default in (("amsgrad", False), ("bias_correction", True)):
@@ -90,14 +91,17 @@ def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
     if settings:
         raise InputError(f"deepspeed.optimizer.params: no such setting of AdamW here: {', '.join(settings)}; leave it out")
     betas, eps = (chosen.get(name, "auto") for name in ("betas", "eps"))
-    try:
-        return Adam(Adam.betas if betas == "auto" else _two(*betas), Adam.eps if eps == "auto" else float(eps))
-    except (TypeError, ValueError):
-        raise InputError(f"deepspeed.optimizer.params: betas are two numbers and eps is one, not {betas!r} and {eps!r}") from None
+    betas, eps = Adam.betas if betas == "auto" else betas, Adam.eps if eps == "auto" else eps
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(_is_number(beta) and beta < 1 for beta in betas):
+        raise InputError(f"deepspeed.optimizer.params.betas: expected two numbers from 0 to below 1, not {betas!r}")
+    if not _is_number(eps):
+        raise InputError(f"deepspeed.optimizer.params.eps: expected a number of 0 or more, not {eps!r}")
+    return Adam((float(betas[0]), float(betas[1])), float(eps))
 
 
-def _two(first: Any, second: Any) -> tuple[float, float]:
-    return float(first), float(second)
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, 0 or more. To Python true is the number 1."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < inf
 
 
 def _settle_batch(config: dict[str, Any], training: Training, shape: Shape) -> None:
@@ -111,8 +115,8 @@ def _settle_batch(config: dict[str, Any], training: Training, shape: Shape) -> N
 def _settle(config: dict[str, Any], key: str, value: Any, source: str) -> None:
     """Set `key` where it is absent or "auto"; refuse another value."""
     given = _get(config, key)
-    if given not in (None, "auto", value):
-        raise InputError(f'deepspeed.{key}: {given} contradicts {source} = {value}; write "auto"')
+    if not _agrees(given, value):
+        raise InputError(f'deepspeed.{key}: {given!r} contradicts {source} = {value}; write "auto"')
     section = config
     *parents, last = key.split(".")
     for parent in parents:
@@ -120,6 +124,11 @@ def _settle(config: dict[str, Any], key: str, value: Any, source: str) -> None:
         if not isinstance(section, dict):
             raise InputError(f"deepspeed.{parent}: expected an object, not {section!r}")
     section[last] = value
+
+
+def _agrees(given: Any, value: float) -> bool:
+    """Whether a setting is left to us, or says the same. To Python true is the number 1, but whoever writes it means another thing."""
+    return given in (None, "auto") or (given == value and isinstance(given, bool) == isinstance(value, bool))
 
 
 def _fill_buckets(zero: dict[str, Any], hidden_size: int) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 
 _ELSEWHERE = (
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16.enabled optimizer scheduler"
-    " activation_checkpointing zero_optimization.stage checkpoint.tag_validation tensorboard wandb csv_monitor comet"
+    " activation_checkpointing zero_optimization.stage"
 )
 _SWITCHES = (
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown memory_breakdown dump_state"
@@ -23,17 +23,25 @@ _SWITCHES = (
     " zero_optimization.ignore_unused_parameters zero_optimization.memory_efficient_linear"
     " zero_optimization.stage3_gather_16bit_weights_on_model_save zero_optimization.stage3_gather_fp16_weights_on_model_save"
     " zero_optimization.log_trace_cache_warnings zero_optimization.enable_sanity_checks"
+    " tensorboard.enabled wandb.enabled csv_monitor.enabled comet.enabled comet.online"
 )
 _SIZES = (
     "steps_per_print zero_optimization.reduce_bucket_size zero_optimization.allgather_bucket_size zero_optimization.sub_group_size"
     " zero_optimization.stage3_max_live_parameters zero_optimization.stage3_max_reuse_distance"
     " zero_optimization.stage3_prefetch_bucket_size zero_optimization.stage3_param_persistence_threshold"
-    " zero_optimization.stage3_model_persistence_threshold"
+    " zero_optimization.stage3_model_persistence_threshold comet.samples_log_interval"
 )
-_FREE: dict[str, Literal["any", "switch", "size"]] = {
+_TEXTS = (
+    "tensorboard.output_path tensorboard.job_name csv_monitor.output_path csv_monitor.job_name wandb.project wandb.group wandb.team"
+    " comet.project comet.workspace comet.experiment_name comet.experiment_key"
+)
+_WORDS = {"checkpoint.tag_validation": ("warn", "ignore", "fail"), "comet.mode": ("get", "create", "get_or_create")}
+_FREE: dict[str, Literal["any", "switch", "size", "text", "word"]] = {
     **dict.fromkeys(_ELSEWHERE.split(), "any"),
     **dict.fromkeys(_SWITCHES.split(), "switch"),
     **dict.fromkeys(_SIZES.split(), "size"),
+    **dict.fromkeys(_TEXTS.split(), "text"),
+    **dict.fromkeys(_WORDS, "word"),
 }
 """Settings that may have any value of their kind: of no consequence for the result, or (`any`) looked at elsewhere."""
 
@@ -61,12 +69,13 @@ _RUNS = "it starts other runs, or another number of ranks; leave it out"
 _QUANTIZED = "weights and gradients are never quantized or pruned here; leave it out"
 
 _REASONS = {
-    "zero_optimization.round_robin_gradients": "DeepSpeed then writes checkpoints whose parameters are mixed up; leave it out",
+    "zero_optimization.round_robin_gradients": "DeepSpeed then writes checkpoints whose parameters are mixed up; set it to false",
     "zero_optimization.elastic_checkpoint": "DeepSpeed cannot load what it then writes; leave it out",
     "zero_optimization.load_from_fp32_weights": "a resumed run would round its masters to bf16; leave it out",
     "managed_gradient_accumulation": "every micro-batch would become an optimizer step; leave it out",
     "fp16": "fp16 is not supported; set precision to bf16 or fp32",
     "bfloat16": "an old name; write bf16",
+    "comet.api_key": "every manifest would show it; set the variable COMET_API_KEY instead",
     **dict.fromkeys(["aio", *(f"zero_optimization.{name}" for name in ("offload_", "cpu_offload", "zenflow"))], _OFFLOAD),
     **dict.fromkeys(["bf16", "amp", "torch_autocast", "data_types"], _PRECISION),
     **dict.fromkeys(["communication_data_type", "prescale_gradients", "gradient_", "zero_optimization.compute_grad_norm"], _GRADIENTS),
@@ -111,10 +120,17 @@ def _keep(key: str, value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _require_kind(name: str, value: Any) -> None:
     kind, is_switch = _FREE[name], isinstance(value, bool)
+    wanted = ""
     if kind == "switch" and not is_switch:
-        raise InputError(f"deepspeed.{name}: expected true or false, not {value!r}")
+        wanted = "true or false"
     if kind == "size" and value != "auto" and (is_switch or not isinstance(value, (int, float)) or value < 0 or value % 1 != 0):
-        raise InputError(f"deepspeed.{name}: expected a whole number, not {value!r}")
+        wanted = "a whole number"
+    if kind == "text" and not isinstance(value, str):
+        wanted = "a text"
+    if kind == "word" and str(value).lower() not in _WORDS[name]:
+        wanted = f"one of {', '.join(_WORDS[name])}"
+    if wanted:
+        raise InputError(f"deepspeed.{name}: expected {wanted}, not {value!r}")
 
 
 def _says_nothing(name: str, value: Any) -> bool:

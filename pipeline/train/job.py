@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
 from pipeline.config import LoraTraining, Prompt, Teach, Training
 from pipeline.context import Context
+from pipeline.errors import InputError
 from pipeline.facts.fact import read_facts
 from pipeline.facts.prompts import Prompter
 from pipeline.models.load import load_tokenizer, model_folder
@@ -88,6 +90,7 @@ def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Cont
         model = add_adapter(model, adapter)
     shape = Shape.of(training.batch_size, training.micro_batch_size, context.world_size)
     ready = make_ready(training, shape, model.config.get_text_config().hidden_size)
+    _require_monitors(ready)
     prompter = Prompter(load_tokenizer(base), Prompt.model_validate(section["prompt"]))
     facts = read_facts(inputs["facts"].folder / "facts.jsonl")
     records = training_records(facts, section["target"], prompter, training.max_length, num_positions(model.config))
@@ -108,6 +111,13 @@ def _training(values: dict[str, Any]) -> Training:
     """The config section that `values` are a dump of: Teach alone says what to teach, LoRA alone has a rank."""
     kind = LoraTraining if "rank" in values else Teach if "facts" in values else Training
     return kind.model_validate(values)
+
+
+def _require_monitors(ready: Ready) -> None:
+    """Not when planning: the jobs may run in a container that has what is missing here."""
+    for name, package in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")):
+        if ready.config.get(name, {}).get("enabled") and find_spec(package) is None:
+            raise InputError(f"deepspeed.{name}.enabled: the package is missing; pip install {package}, or set it to false")
 
 
 def _warnings(base: Artifact, training: Training, adapter: LoraConfig | None) -> list[str]:

@@ -95,9 +95,15 @@ def test_the_shipped_configs_are_taken(name: str) -> None:
 
 
 def test_monitors_stay() -> None:
-    monitors = {"csv_monitor": {"enabled": True, "output_path": "logs"}, "wandb": {"enabled": False}}
-    made = ready({"zero_optimization": {"stage": 1}, **monitors})
+    monitors = {
+        "csv_monitor": {"enabled": True, "output_path": "logs"},
+        "wandb": {"enabled": False, "project": "flearn"},
+        "comet": {"online": False, "mode": "create"},
+        "checkpoint": {"tag_validation": "Fail"},
+    }
+    made = ready({"zero_optimization": {"stage": 1}, **monitors, "tensorboard": {"output_path": None}})
     assert {name: made.config[name] for name in monitors} == monitors
+    assert made.config["tensorboard"] == {}
 
 
 @pytest.mark.parametrize(
@@ -169,13 +175,46 @@ def test_other_contradictions_are_refused_by_name(config: dict[str, Any], named:
         ({"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}, "zero_optimization.overlap_comm"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "2e8"}}, "zero_optimization.reduce_bucket_size"),
         ({"zero_optimization": True}, "zero_optimization"),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "optimizer.params"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "optimizer.params.betas"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, True]}}}, "optimizer.params.betas"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 1.0]}}}, "optimizer.params.betas"),
+        ({"optimizer": {"type": "AdamW", "params": {"eps": True}}}, "optimizer.params.eps"),
+        ({"optimizer": {"type": "AdamW", "params": {"eps": float("nan")}}}, "optimizer.params.eps"),
+        ({"gradient_clipping": True}, "gradient_clipping"),
+        ({"gradient_clipping": "1.0"}, "gradient_clipping"),
+        ({"checkpoint": {"tag_validation": "loud"}}, "checkpoint.tag_validation"),
+        ({"checkpoint": {"tag_validation": False}}, "checkpoint.tag_validation"),
+        ({"tensorboard": True}, "tensorboard"),
+        ({"tensorboard": {"enabled": "yes"}}, "tensorboard.enabled"),
+        ({"csv_monitor": {"enabled": True, "output_path": 7}}, "csv_monitor.output_path"),
+        ({"wandb": {"enabled": True, "entity": "us"}}, "wandb.entity"),
+        ({"comet": {"samples_log_interval": "often"}}, "comet.samples_log_interval"),
+        ({"comet": {"enabled": True, "api_key": "secret"}}, "comet.api_key"),
         ({"a_setting_of_tomorrow": 1}, "a_setting_of_tomorrow"),
     ],
 )
 def test_what_is_not_known_to_be_right_is_refused_by_name(config: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=rf"deepspeed\.{named}[.\w]*: [^\n]+$"):
         ready({"zero_optimization": {"stage": 1}} | config)
+
+
+def test_llama_factorys_zero2_says_what_to_change() -> None:
+    zero = {
+        "stage": 2,
+        "allgather_partitions": True,
+        "allgather_bucket_size": 5e8,
+        "overlap_comm": False,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 5e8,
+        "contiguous_gradients": True,
+        "round_robin_gradients": True,
+    }
+    usual = {name: value for name, value in USUAL.items() if name not in ("optimizer", "scheduler")}
+    stock = usual | {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    with pytest.raises(InputError, match=r"deepspeed\.zero_optimization\.round_robin_gradients: .*; set it to false$"):
+        ready(stock)
+    made = ready(stock | {"zero_optimization": zero | {"round_robin_gradients": False}})
+    assert made.zero_stage == 2 and not made.warnings and "round_robin_gradients" not in made.config["zero_optimization"]
 
 
 def test_a_slip_of_the_pen_gets_the_right_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,11 @@ def test_lora_in_bf16_on_a_forgotten_model_warns(plan: Any) -> None:
     assert any("rounded to bf16" in text for text in plan(LoraTraining(), made_by="forget").warnings)
     assert not plan(LoraTraining(precision="fp32"), made_by="forget").warnings
     assert not plan(Training(), made_by="forget").warnings
+
+
+def test_a_monitor_whose_package_is_missing(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"zero_optimization": {"stage": 2}, "wandb": {"enabled": True}}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"deepspeed\.wandb\.enabled: .*pip install wandb"):
+        plan(Training(deepspeed=config))
+    assert plan(Training(deepspeed=config | {"wandb": {"enabled": False}})).ready.config["wandb"] == {"enabled": False}
