@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from pipeline.artifact import Artifact, write_json
-from pipeline.context import Context, log, peak_gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
+from pipeline.context import Context, Preempted, log, peak_gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
 from pipeline.errors import InputError
 from pipeline.stages import STAGES, TUNINGS, Plan, Step
 
@@ -107,11 +107,21 @@ def _base_of(step: Step) -> Step:
 
 def _call(step: Step, inputs: dict[str, Artifact], output: Artifact, context: Context) -> dict[str, Any] | None:
     stage = STAGES[step.stage]
-    if stage.ranks == "one" and not context.is_main:
-        return None
     module, _, name = stage.function.partition(":")
     function: StageFunction = getattr(importlib.import_module(module), name)
-    return function(step.section, inputs, output.folder, context)
+    if stage.ranks == "all":
+        return function(step.section, inputs, output.folder, context)
+    facts: dict[str, Any] | None = None
+    stopped: str | None = None
+    if context.is_main:
+        try:
+            facts = function(step.section, inputs, output.folder, context)
+        except Preempted as request:
+            stopped = str(request)
+    stopped = context.share(stopped)  # the ranks that wait stop with it
+    if stopped is not None:
+        raise Preempted(stopped)
+    return facts
 
 
 def _manifest(step: Step, facts: dict[str, Any], context: Context) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.config import Forget
-from pipeline.context import Context, log
+from pipeline.context import Context, Preempted, log
 from pipeline.delta.parts import note_done
 from pipeline.delta.subtract import Progress, subtract
 from pipeline.models.load import model_folder
@@ -20,7 +20,9 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
 
     A fully tuned model is read from its ZeRO checkpoint, an adapter as it is: no consolidated copy is made.
     Where several processes share the work (`context.part`), the one that finishes last has the facts, the others None.
+    Raises Preempted if this process was asked to stop: the next call goes on after the shards that are there.
     """
+    _heed(context)
     forget = Forget.model_validate(section["forget"])
     assert isinstance(forget.scale, float)
     with _progress(context) as progress:
@@ -56,15 +58,23 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
     }
 
 
+def _heed(context: Context) -> None:
+    """Stop if this process was asked to. It does not ask its fellows: they wait for it, or work on other parts."""
+    if context.stop:
+        raise Preempted("forget: stopped; the shards that are done are kept")
+
+
 @contextmanager
 def _progress(context: Context) -> Iterator[Progress]:
-    """A bar that starts once the sizes are known."""
+    """A bar that starts once the sizes are known, and an ear for requests to stop as long as something is left to do."""
     with ExitStack() as stack:
         bar = None
         shown = 0
 
         def report(num_done: int, num_bytes: int) -> None:
             nonlocal bar, shown
+            if num_done < num_bytes:
+                _heed(context)
             if bar is None:
                 bar = stack.enter_context(context.progress("forget", num_bytes >> 20, "MiB"))
             bar.advance((num_done >> 20) - shown)

@@ -154,16 +154,43 @@ def test_asked_to_stop_it_saves_and_goes_on(
     assert figures(run_dir) == figures(finished)
 
 
+def test_asked_to_stop_while_one_rank_works_and_the_other_waits(
+    finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    shutil.copytree(finished, tmp_path / "quickstart")
+    forget = next((tmp_path / "quickstart").glob("forget-*"))
+    shutil.rmtree(forget)
+    process = start(tmp_path)
+    wait_for(lambda: are_listening(children(process)), process, "both ranks")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "forget: stopped" in output
+    assert not (forget / "manifest.json").exists()
+    done = flearn(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (forget / "manifest.json").exists() and figures(tmp_path / "quickstart") == figures(finished)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def are_listening(ranks: list[int]) -> bool:
+    """To signals, and not yet at work: they import torch after the first, which takes seconds."""
+    return len(ranks) == 2 and all("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks)
+
+
 def test_a_dead_rank_ends_the_others(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start(tmp_path)
     wait_for(lambda: any((tmp_path / "quickstart").glob("teach-*/steps.jsonl")), process, "the first step")
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    victim = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    ranks = children(process)
+    victim = next(pid for pid in ranks if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL, output
     assert "rank 1 was killed by signal 9 (SIGKILL)" in output
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 def test_two_runs_in_one_folder(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
