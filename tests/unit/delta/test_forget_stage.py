@@ -1,0 +1,95 @@
+"""The `forget` stage, asked to stop: by a real signal in the middle of its work, and before it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from delta_models import formula, layered, load, nudged, save
+
+from pipeline.artifact import Artifact, write_json
+from pipeline.config import Forget
+from pipeline.context import Context, Preempted
+from pipeline.delta import chunks
+from pipeline.delta import stage as forget
+from pipeline.delta.disk import PAGE
+from pipeline.delta.parts import missing_parts
+
+NUM_LAYERS = 100
+
+
+@pytest.fixture(autouse=True)
+def _slow_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", PAGE)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Artifact]:
+    """A model in many shards, and what a fine-tuning made of it."""
+    base = layered(0, num_layers=NUM_LAYERS)
+    for folder, tensors in (("base", base), ("tuned", nudged(base, 1))):
+        save(tmp_path / folder / "model", tensors)
+        write_json(tmp_path / folder / "manifest.json", {"facts": {"model": "model", "model_kind": "folder"}})
+    return {role: Artifact(tmp_path / role) for role in ("base", "tuned")}
+
+
+@pytest.fixture
+def context() -> Iterator[Context]:
+    """One that hears signals."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    context = Context()
+    context.listen()
+    yield context
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any] | None:
+    section = {"forget": Forget(scale=0.3, max_shard_size="10KB").model_dump(mode="json"), "seed": 0}
+    return forget.run(section, inputs, out, context)
+
+
+def whole(out: Path) -> dict[Path, int]:
+    """Shards that are done, and when."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("model/*.safetensors")}
+
+
+def test_a_warning_in_the_middle_loses_no_shard_that_is_done(inputs: dict[str, Artifact], context: Context, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def warn() -> None:
+        while not whole(out):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    warning = threading.Thread(target=warn)
+    warning.start()
+    with pytest.raises(Preempted, match="the shards that are done are kept"):
+        run(inputs, out, context)
+    warning.join()
+    before = whole(out)
+    assert 0 < len(before) < NUM_LAYERS
+    assert not (out / "model/manifest.json").exists()
+    assert run(inputs, out, Context()) is not None
+    after = whole(out)
+    assert {path: after[path] for path in before} == before
+    right = formula(load(tmp_path / "base/model"), load(tmp_path / "tuned/model"), 0.3)
+    assert all(values.equal(right[name]) for name, values in load(out / "model").items())
+
+
+def test_a_part_that_was_stopped_is_still_missing(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(inputs, out, Context(part=(0, 2))) is None
+    stopped = Context(part=(1, 2))
+    stopped.stop = True
+    with pytest.raises(Preempted):
+        run(inputs, out, stopped)
+    assert missing_parts(out, 2) == [(1, 2)]
+    assert run(inputs, out, Context(part=(1, 2))) is not None
