@@ -18,6 +18,7 @@ from pipeline.config import Experiment, Training
 from pipeline.errors import InputError
 from pipeline.models.packaged import resolve
 from pipeline.settings import Section
+from pipeline.train import target_modules
 from pipeline.train.batches import Shape
 from pipeline.train.deepspeed_config import make_ready
 
@@ -136,9 +137,10 @@ class Plan:
 
 
 def plan(experiment: Experiment) -> Plan:
-    """All steps of `experiment`. Raises InputError for a missing facts file or model folder, or a DeepSpeed config that no
-    fine-tuning could use: better now than after the hours of the fine-tuning before it."""
+    """All steps of `experiment`. Raises InputError for a missing facts file or model folder, or a DeepSpeed config or LoRA modules
+    that no fine-tuning could use: better now than after the hours of the fine-tuning before it."""
     _check_deepspeed(experiment)
+    _check_target_modules(experiment)
     result = Plan(experiment.run_dir)
     facts = _add_facts(result, experiment)
     original = _add_original(result, experiment, facts)
@@ -158,6 +160,15 @@ def _check_deepspeed(experiment: Experiment) -> None:
             make_ready(training, Shape.of(training.batch_size, training.micro_batch_size, experiment.cluster.ranks), hidden_size=1)
         except InputError as error:
             raise InputError(f"{name}.{error}") from None
+
+
+def _check_target_modules(experiment: Experiment) -> None:
+    """As far as the model is a folder that is already here: its stage looks at any other."""
+    uses_lora = any("lora" in METHODS[method] for method in experiment.methods)
+    if uses_lora and experiment.lora.target_modules is not None and experiment.model.path is not None:
+        folder = Path(resolve(experiment.model.path))
+        if (folder / "config.json").is_file():
+            target_modules.require(folder, experiment.lora)
 
 
 def _add_facts(plan: Plan, experiment: Experiment) -> Step:

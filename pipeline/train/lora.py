@@ -20,10 +20,10 @@ _ADAPTER = "default"
 """PEFT's name of the one adapter in a model."""
 
 
-def lora_config(model: torch.nn.Module, settings: LoraTraining) -> LoraConfig:
+def lora_config(model: Any, settings: LoraTraining) -> LoraConfig:
     """PEFT's config for `model` (which may lie on the meta device).
 
-    Raises InputError if the modules to adapt are not known for its architecture, or are not in it.
+    Raises InputError if the modules to adapt are not known for its architecture, are not in it, or cannot be adapted.
     """
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
@@ -33,6 +33,13 @@ def lora_config(model: torch.nn.Module, settings: LoraTraining) -> LoraConfig:
     absent = [name for name, modules in found.items() if not modules]
     if absent:
         raise InputError(f"lora.target_modules: the model has no module named {', '.join(absent)}")
+    embeddings = model.get_input_embeddings().weight
+    for name, modules in found.items():
+        other = next((module for module in modules if not isinstance(module, (torch.nn.Linear, Conv1D))), None)
+        if other is not None:
+            raise InputError(f"lora.target_modules: {name} is a {type(other).__name__}; name linear modules")
+        if any(module.weight is embeddings for module in modules):
+            raise InputError(f"lora.target_modules: {name} shares its weights with the input embeddings; leave it out")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +100,13 @@ def test_a_deepspeed_config_is_refused_before_anything_runs(section: str) -> Non
 def test_missing_files_are_named(override: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         planned(override)
+
+
+def test_target_modules_that_the_model_lacks_are_said_when_planning(tiny_model: Any, tmp_path: Path) -> None:
+    model = ["model.tiny=null", f"model.path={tiny_model('llama')}"]
+    planned(*model, "lora.target_modules=[q_proj, down_proj]")
+    planned(*model, "lora.target_modules=[query]", "methods=[full_ft]")  # no LoRA, no matter
+    with pytest.raises(InputError, match=r"lora\.target_modules: the model has no module named query$"):
+        planned(*model, "lora.target_modules=[q_proj, query]")
+    shutil.copy(tiny_model("llama") / "config.json", tmp_path)  # all that `flearn doctor` needs of a model
+    planned("model.tiny=null", f"model.path={tmp_path}", "lora.target_modules=[q_proj]")

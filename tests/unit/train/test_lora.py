@@ -36,6 +36,20 @@ def test_modules_that_the_model_lacks_are_named(tiny_model: Any) -> None:
         lora_config(model, LoraTraining())
 
 
+@pytest.mark.parametrize(
+    ("architecture", "name", "said"),
+    [
+        ("llama", "input_layernorm", "LlamaRMSNorm; name linear modules"),
+        ("llama", "self_attn", "LlamaAttention; name linear modules"),
+        ("llama", "embed_tokens", "Embedding; name linear modules"),
+        ("gpt2", "lm_head", "shares its weights with the input embeddings"),
+    ],
+)
+def test_modules_that_cannot_be_adapted_are_named(tiny_model: Any, architecture: str, name: str, said: str) -> None:
+    with pytest.raises(InputError, match=rf"lora\.target_modules: {name} .*{said}"):
+        lora_config(skeleton(tiny_model(architecture)), LoraTraining(target_modules=[name]))
+
+
 def test_first_values_depend_on_seed_and_name_alone(tiny_model: Any) -> None:
     model = skeleton(tiny_model("gpt2"))
     adapted = add_adapter(model, lora_config(model, LoraTraining(rank=4)))
