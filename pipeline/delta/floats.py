@@ -19,6 +19,13 @@ BFLOAT16 = np.dtype("<u2")
 FLOAT16 = np.dtype("<f2")
 NARROW = (BFLOAT16, FLOAT16)
 
+_NO_SIGN = np.uint32(0x7FFFFFFF)
+_EXPONENT = np.uint32(0x7F800000)
+_FLOAT16_NORMAL = np.uint32(0x38800000)
+"""2**-14, float16's smallest normal number, as float32's bits."""
+_FLOAT16_OVERFLOW = np.uint32(0x477FF000)
+"""65520, from where on a number is infinite in float16, as float32's bits. (Infinity's and NaN's are larger.)"""
+
 _BLOCK = 1 << 17
 """Elements looked at at a time: what that takes beside them stays small, and in the processor's cache."""
 
@@ -48,38 +55,81 @@ def widen(values: Array, out: Array) -> Array:
     return out
 
 
-def narrow(values: Array, out: Array) -> Array:
-    """float32 `values`, each rounded once to the nearest (ties to even) of `out`'s dtype, in `out`."""
-    if out.dtype != BFLOAT16:
-        np.copyto(out, values, casting="same_kind")
-        return out
+def narrow(values: Array, out: Array) -> None:
+    """float32 `values`, each rounded once to the nearest (ties to even) of `out`'s dtype, in `out`; `values` become the rounded ones."""
+    if out.dtype == BFLOAT16:
+        _narrow_to_bfloat16(values, out)
+        return
+    if out.dtype == FLOAT16:
+        _narrow_to_float16(values, out)
+        return
+    np.copyto(out, values, casting="same_kind")
+
+
+def _narrow_to_bfloat16(values: Array, out: Array) -> None:
+    nan = np.isnan(values) if values.size and np.isnan(values.max()) else None
     bits = values.view(np.uint32)
-    odd = np.right_shift(bits, 16)
-    np.bitwise_and(odd, 1, out=odd)
-    np.add(odd, 0x7FFF, out=odd)
-    np.add(odd, bits, out=odd)
-    np.copyto(out, np.right_shift(odd, 16, out=odd), casting="unsafe")
-    if values.size and np.isnan(values.max()):
-        out[np.isnan(values)] = 0x7FC0
-    return out
+    high = np.right_shift(bits, 16)
+    np.bitwise_and(high, 1, out=high)
+    np.add(high, 0x7FFF, out=high)
+    np.add(bits, high, out=bits)
+    _cut_to_bfloat16(bits, high, out)
+    if nan is not None:
+        values[nan], out[nan] = np.nan, 0x7FC0
 
 
-def narrow_randomly(values: Array, numbers: Array, out: Array) -> Array:
-    """float32 `values` rounded up or down to 16 bits, with probabilities that keep their mean, in `out`.
+def _cut_to_bfloat16(bits: Array, scratch: Array, out: Array) -> None:
+    """Clear the last 16 of 32 `bits`; the first 16 go to `out`."""
+    np.bitwise_and(bits, np.uint32(0xFFFF0000), out=bits)
+    np.copyto(out, np.right_shift(bits, 16, out=scratch), casting="unsafe")
+
+
+def _narrow_to_float16(values: Array, out: Array) -> None:
+    """The nearest float16, bit for bit what numpy's own conversion gives, in half its time."""
+    bits = values.view(np.uint32)
+    size = bits & _NO_SIGN
+    if size.max(initial=0) >= _FLOAT16_OVERFLOW:
+        np.copyto(out, values, casting="same_kind")
+        widen(out, values)
+        return
+    # A float16's last place is 2**-10 of its power of two, and 2**-24 below 2**-14: the last place, too, of float32 numbers around
+    # 2**13 times that power. So adding this rounds to it, and the sum's last bits count places.
+    power = bits & _EXPONENT
+    np.maximum(power, _FLOAT16_NORMAL, out=power)
+    np.add(power, (13 << 23) + (1 << 11), out=power)  # 1 << 11 makes up for the exponents' offsets, below in 16 bits
+    total = power.view(np.float32) + size.view(np.float32)
+    np.bitwise_xor(bits, size, out=bits)
+    np.subtract(total, power.view(np.float32), out=size.view(np.float32))
+    half = total.view(np.uint32)
+    np.add(half, np.right_shift(half, 13, out=power), out=half)
+    np.bitwise_or(half, np.right_shift(bits, 16, out=power), out=half)
+    np.bitwise_or(bits, size, out=bits)
+    np.copyto(out.view(np.uint16), half, casting="unsafe")
+
+
+def narrow_randomly(values: Array, numbers: Array, out: Array) -> None:
+    """float32 `values` rounded up or down to 16 bits, with probabilities that keep their mean, in `out`; `values` become the rounded ones.
 
     `numbers`: 16 random bits (uint16) for each value. Values that `out`'s dtype holds exactly stay.
     Probabilities come in steps of 2**-16, rounded up below float16's smallest normal number.
     """
     bits = values.view(np.uint32)
     if out.dtype == BFLOAT16:  # float32 with the last 16 bits cut off: adding 16 random bits carries as often as it should
-        np.copyto(out, np.add(bits, numbers) >> 16, casting="unsafe")
-        return out
-    normal = (np.add(bits, numbers >> 3) & np.uint32(0xFFFFE000)).view(np.float32)  # float16 has 13 mantissa bits less
-    steps = np.abs(values) * np.float32(2.0**24)  # below 2**-14 float16 has an even grid, of step 2**-24
-    low = np.floor(steps)
-    subnormal = np.copysign((low + (numbers < (steps - low) * np.float32(65536.0))) * np.float32(2.0**-24), values)
-    np.copyto(out, np.where(np.abs(values) < np.float32(2.0**-14), subnormal, normal), casting="same_kind")
-    return out
+        _cut_to_bfloat16(np.add(bits, numbers, out=bits), np.empty_like(bits), out)
+        return
+    steps = np.abs(values)
+    is_small = steps < np.float32(2.0**-14)
+    np.multiply(steps, np.float32(2.0**24), out=steps)  # below 2**-14 float16 has an even grid, of step 2**-24
+    small = np.floor(steps)
+    np.subtract(steps, small, out=steps)
+    np.multiply(steps, np.float32(65536.0), out=steps)
+    np.add(small, numbers < steps, out=small)
+    np.multiply(small, np.float32(2.0**-24), out=small)
+    np.copysign(small, values, out=small)
+    np.add(bits, numbers >> 3, out=bits)  # elsewhere it has 13 mantissa bits less than float32
+    np.bitwise_and(bits, np.uint32(0xFFFFE000), out=bits)
+    np.copyto(values, small, where=is_small)
+    _narrow_to_float16(values, out)
 
 
 def count_not_finite(values: Array) -> int:

@@ -41,9 +41,9 @@ def test_layers_have_the_norms_of_their_blocks_and_matrices(tmp_path: Path) -> N
         for block, matrix in (("attention", "self_attn.q_proj"), ("mlp", "mlp.up_proj")):
             name = f"{prefix}.{matrix}.weight"
             norms[block] = torch.linalg.norm(after[name].double() - before[name].double()).item()
-            assert row["matrices"][matrix] == pytest.approx(norms[block], rel=1e-6)
-            assert row[block]["delta_norm"] == pytest.approx(norms[block], rel=1e-6)
-            assert row[block]["relative_norm"] == pytest.approx(norms[block] / torch.linalg.norm(before[name].double()).item(), rel=1e-6)
+            assert row["matrices"][matrix] == pytest.approx(norms[block], rel=1e-5)
+            assert row[block]["delta_norm"] == pytest.approx(norms[block], rel=1e-5)
+            assert row[block]["relative_norm"] == pytest.approx(norms[block] / torch.linalg.norm(before[name].double()).item(), rel=1e-5)
         assert row["other"]["num_elements"] == 33
 
 
