@@ -59,10 +59,10 @@ def test_digest_follows_content_not_place(tmp_path: Path) -> None:
     assert content_digest(tmp_path / "there") != here
 
 
-def test_digest_of_a_large_file_sees_a_changed_matrix(tmp_path: Path) -> None:
-    size = 40 << 20
-    (tmp_path / "a").write_bytes(bytes(size))
-    changed = bytearray(size)
-    changed[17 << 20 : 18 << 20] = b"\1" * (1 << 20)
-    (tmp_path / "b").write_bytes(changed)
+@pytest.mark.parametrize("offset", [0, 5, (17 << 20) + 4097, (30 << 20) - 1, (39 << 20) - 4096])
+def test_digest_of_a_large_file_sees_a_changed_mebibyte_wherever_it_is(tmp_path: Path, offset: int) -> None:
+    content = bytearray(40 << 20)
+    (tmp_path / "a").write_bytes(content)
+    content[offset : offset + (1 << 20) + 4096] = b"\1" * ((1 << 20) + 4096)
+    (tmp_path / "b").write_bytes(content)
     assert content_digest(tmp_path / "a") != content_digest(tmp_path / "b")
