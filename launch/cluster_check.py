@@ -67,7 +67,7 @@ def job_rows(cluster: Cluster, site: Site) -> Iterator[Row]:
     for stage, name in _JOBS.items():
         parameters = place.parameters(stage, cluster, site)
         parts = cluster.forget_parts if place.SHAPES[stage] == "parts" else 1
-        executor = chain.executor(Path(cluster.runs_dir).absolute(), site, job_name="flearn:doctor", **parameters)
+        executor = chain.executor(Path(cluster.runs_dir).expanduser().absolute(), site, job_name="flearn:doctor", **parameters)
         with chain.own_environment():
             objection = scheduler.objection(chain.script(executor, parts))
         shape = _shape(parameters, parts)

@@ -71,7 +71,7 @@ def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capa
     """Measuring speed takes the GPU's memory for a moment: not for a health check beside a training."""
     from launch.forecast import Capacity
 
-    runs_dir = Path(cluster.runs_dir).absolute()
+    runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     devices = machine.find_devices()
     yield from machine.rows(runs_dir, cluster.ranks, devices)
     return Capacity(

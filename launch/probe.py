@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,26 +159,39 @@ class Probed:
 def run(cluster: Cluster, site: Site, inputs: tuple[Path, ...]) -> Iterator[Probed]:
     """Submit the probe, wait for its end, and hand out what was found; its folder is then deleted, unless the job failed.
 
-    Raises InputError if SLURM refuses the job, or there is no folder to write in. An interruption cancels the job.
+    Raises InputError if SLURM refuses the job, or there is no folder to write in. An interruption cancels the job, and leaves nothing.
     """
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     folder = runs_dir / f".doctor-{os.uname().nodename}-{os.getpid()}"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write in {runs_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours") from None
-    probed = Probed(cluster, site, folder)
+    probed, failed = Probed(cluster, site, folder), False
     try:
         executor = chain.executor(folder, site, job_name="flearn:doctor", **place.parameters("teach", cluster, site) | {"time": _MINUTES})
         with chain.own_environment(), chain.refusals("the probe"):
             probed.job = executor.submit(Probe(folder, inputs)).job_id
         _follow(probed)
+        failed = probed.state != "COMPLETED"
         yield probed
     finally:
         if probed.job:
-            scheduler.cancel([probed.job])
-        if probed.state in ("COMPLETED", "PENDING", ""):
+            _end(probed.job)
+        if not failed:
             shutil.rmtree(folder, ignore_errors=True)
+            for parent in made[1:]:
+                with suppress(OSError):  # somebody else's runs are in it by now
+                    parent.rmdir()
+
+
+def _end(job: str) -> None:
+    """Cancel the job, and give it a moment to end: a task that still runs may write into its folder."""
+    scheduler.cancel([job])
+    deadline = time.monotonic() + _SECONDS_FOR_FILES
+    while scheduler.states([job]).get(job, JobState("COMPLETED")).is_active and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def _follow(probed: Probed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,21 @@ def test_doctor_names_what_is_wrong_with_a_site(env: dict[str, str], tmp_path: P
     failed = {check: found for check, (state, found) in findings(done).items() if state == "fail"}
     assert failed.keys() == {check} and said in failed[check], done.stdout
     assert not queue(env)
+
+
+def test_an_interrupted_doctor_leaves_nothing(env: dict[str, str], tmp_path: Path) -> None:
+    runs_dir = tmp_path / "made" / "runs"
+    options = ["--on", "slurm", "--set", "cluster.ranks=2", "--set", "cluster.nodes=2", "--set", f"cluster.runs_dir={runs_dir}"]
+    command = [sys.executable, "-m", "launch", "doctor", "configs/quickstart.yaml", *options]
+    doctor = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(runs_dir.glob(".doctor-*/rank*.json")):
+        assert time.monotonic() < deadline and doctor.poll() is None
+        time.sleep(0.05)
+    assert " R " in queue(env)
+    doctor.send_signal(signal.SIGINT)
+    assert doctor.wait(60) == 130, doctor.communicate()
+    assert not list(tmp_path.iterdir()) and not queue(env)
 
 
 def test_submitting_from_python(env: dict[str, str], tmp_path: Path) -> None:
