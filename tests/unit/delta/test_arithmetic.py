@@ -206,3 +206,33 @@ def test_narrowing_is_torchs(dtype: torch.dtype, values: Array) -> None:
     assert torch.equal(out.isnan(), right.isnan())
     assert torch.equal(out.nan_to_num(1.0).signbit(), right.nan_to_num(1.0).signbit())
     assert torch.equal(out.nan_to_num(1.0), right.nan_to_num(1.0))
+
+
+@given(arrays(np.uint32, st.integers(0, 100), elements=st.integers(0x32000000, 0x47800000) | st.integers(0, 0x7FFFFFFF)), st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_narrowing_to_float16_is_numpys_bit_for_bit(sizes: Array, is_negative: bool) -> None:
+    """Above all between 2**-27 and 65536, where float16 has numbers; without larger ones, another way is taken."""
+    finite = sizes[sizes < 0x477FF000]
+    for bits in (sizes, finite):
+        values = (bits | np.uint32(is_negative << 31)).view(np.float32)
+        with np.errstate(all="ignore"):
+            right = values.astype(np.float16)
+            out = np.empty_like(right)
+            narrow(values, out)
+        assert np.array_equal(out.view(np.uint16), right.view(np.uint16))
+        assert np.array_equal(values.view(np.uint32), right.astype(np.float32).view(np.uint32))
+
+
+@given(st.integers(0, 0x477FDFFF), st.integers(0, 65535), st.booleans())
+@settings(deadline=None, max_examples=500)
+def test_the_bytes_of_stochastic_float16_never_change(size: int, number: int, is_negative: bool) -> None:
+    """Up where the number's upper 13 bits reach beyond the fraction, or, among the subnormal, where it is below it."""
+    value = float(np.array(size, np.uint32).view(np.float32))
+    is_normal = value >= 2.0**-14
+    step = 2.0 ** (np.frexp(value)[1] - 11) if is_normal else 2.0**-24
+    places, fraction = divmod(value / step, 1.0)
+    is_up = fraction * 2**13 + (number >> 3) >= 2**13 if is_normal else number < fraction * 2**16
+    right = (places + is_up) * step * (-1 if is_negative else 1)
+    values = torch.tensor([-value if is_negative else value])
+    rounded = rounded_randomly(values, torch.float16, np.array([number], np.uint16))
+    assert rounded.double().item() == right and rounded.signbit().item() == is_negative
