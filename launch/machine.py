@@ -136,10 +136,19 @@ def device_row(devices: Devices, ranks: int) -> Row:
         if len(devices.names) < ranks:
             return Row("devices", "fail", found, f"cluster.ranks is {ranks}, one GPU each: set cluster.ranks={len(devices.names)}")
         return Row("devices", "ok", found)
-    if driver_version() is not None:
-        what = "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) cannot use it"
-        return Row("devices", "fail", f"an NVIDIA driver is loaded, but torch {what}", "install the torch build for your CUDA version")
-    return Row("devices", "ok", "no GPU: everything runs on the CPU, which suits tiny and small models")
+    return no_gpu_row(driver_version(), Path("/dev/nvidiactl").exists(), torch.version.cuda)
+
+
+def no_gpu_row(driver: str | None, has_devices: bool, cuda: str | None) -> Row:
+    """Why torch, built for `cuda`, sees no GPU. A container sees its host's driver, but has GPUs' devices only if it was given some."""
+    if driver is None:
+        return Row("devices", "ok", "no GPU: everything runs on the CPU, which suits tiny and small models")
+    if not has_devices:
+        found = f"no GPU here, though an NVIDIA driver ({driver}) is loaded: everything runs on the CPU"
+        return Row("devices", "warn", found, "to use GPUs in a container: docker run --gpus all")
+    what = "is built without CUDA" if cuda is None else f"(CUDA {cuda}) cannot use it"
+    found = f"an NVIDIA driver ({driver}) is loaded, but torch {what}"
+    return Row("devices", "fail", found, "install the torch build for the driver's CUDA version, or update the driver")
 
 
 def cores_row(num_cores: int, omp_threads: str | None, ranks: int) -> Row:
@@ -203,7 +212,7 @@ def _compiler() -> Row:
     compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     if compiler is None or shutil.which(compiler) is None:
         advice = "needed only for DeepSpeed's optional compiled ops: apt install g++"
-        return Row("C++ compiler", "warn", f"{compiler or 'none'} not found", advice)
+        return Row("C++ compiler", "warn", f"{compiler} not found" if compiler else "none found", advice)
     return Row("C++ compiler", "ok", compiler)
 
 

@@ -175,6 +175,14 @@ def test_fewer_gpus_than_ranks() -> None:
     assert row.state == "fail" and "cluster.ranks=2" in row.advice
 
 
+def test_a_gpu_that_torch_cannot_use_is_a_failure_and_one_that_was_not_given_is_none() -> None:
+    assert machine.no_gpu_row(None, False, "13.0").state == "ok"
+    row = machine.no_gpu_row("580.65.06", False, "13.0")
+    assert row.state == "warn" and "--gpus all" in row.advice, "the image's health check runs on such hosts too"
+    assert machine.no_gpu_row("535.1", True, "13.0").state == "fail"
+    assert "without CUDA" in machine.no_gpu_row("580.65.06", True, None).detail
+
+
 def test_little_shared_memory_matters_to_several_gpus() -> None:
     assert machine.shared_memory_row(64 << 20, num_gpus=0).state == "ok"
     assert machine.shared_memory_row(64 << 20, num_gpus=2).state == "warn"
