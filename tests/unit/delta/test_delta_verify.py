@@ -75,11 +75,32 @@ def test_the_bases_values_are_recognised(out: Path, tmp_path: Path) -> None:
     assert "holds the base's values" in only_problem(out)
 
 
-def test_nan_is_named(out: Path) -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_named(out: Path, value: float) -> None:
     values = load(out)[NAME]
-    values[1, 2] = torch.nan
+    values[0, 5] += 1
+    values[1, 2] = value
+    right = load(out)[NAME][1, 2].item()
     change(out, values)
-    assert f"{NAME} in {shard_of(out).name}: 1 elements are NaN or infinite" in only_problem(out)
+    problem = only_problem(out)
+    assert f"{NAME} in {shard_of(out).name}: 1 elements are NaN or infinite" in problem
+    assert problem.endswith(f"2 of {values.numel()} elements differ; element 35 is {value} instead of {right:.9g}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_zeros_sign_is_a_difference(tmp_path: Path, dtype: str) -> None:
+    """In a tensor that is not changed otherwise, so that it equals the base, but for that sign."""
+    base = layered(0)
+    base[NAME][0, :3] = torch.tensor([0.0, -0.0, 0.0])
+    tuned = nudged(base, 1) | {NAME: base[NAME].float()}
+    subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned), 0.3, tmp_path / "out", dtype=dtype)
+    values = load(tmp_path / "out")[NAME]
+    values[0, :3] *= -1
+    change(tmp_path / "out", values)
+    assert f"3 of {values.numel()} elements differ, in the sign of zero alone; element 0 is -0 instead of 0" in only_problem(
+        tmp_path / "out"
+    )
 
 
 def test_an_empty_tensor_is_named(out: Path) -> None:
