@@ -110,7 +110,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from pipeline.delta.inspect import inspect, render
 
     found = inspect(arguments.source)
-    print(json.dumps(found, ensure_ascii=False, indent=2) if arguments.json else render(found))
+    print(json.dumps(found, indent=2) if arguments.json else render(found))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.delta.journal import Journal
+from pipeline.errors import printable
 from pipeline.weights import adapter_config
 from pipeline.weights.open import open_source
 from pipeline.weights.source import TensorSource
@@ -65,7 +66,7 @@ def _made_by(recipe: dict[str, Any] | None) -> list[str]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """The same for people: the whole on a few lines, then a line a tensor."""
+    """The same for people: the whole on a few lines, then a line a tensor. What others named is shown as any terminal takes it."""
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     more = "".join(
         f", {name.replace('_', ' ')} {found[name]}" for name in ("stage", "world_size", "global_steps", "rank", "alpha") if name in found
@@ -79,4 +80,4 @@ def render(found: dict[str, Any]) -> str:
     ]
     width = max((len(tensor["name"]) for tensor in found["tensors"]), default=0)
     rows = [f"  {t['name']:{width}}  {t['dtype']:9}  {'x'.join(map(str, t['shape'])) or 'scalar'}" for t in found["tensors"]]
-    return "\n".join(lines + rows)
+    return "\n".join(map(printable, lines + rows))

@@ -154,6 +154,21 @@ def test_another_programs_manifest(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["delta", "inspect", str(base)]) == 0
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_manifest_whose_paths_colour_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    base, tuned = write_pair(tmp_path)
+    out, path = tmp_path / "out", "a\x1b[31m\x9b2J\nflearn: all is well \ud800"
+    assert main(["delta", "subtract", "--base", str(base), "--tuned", str(tuned), "--scale", "0.3", "--out", str(out)]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["recipe"]["tuned"]["path"] = path
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["delta", "inspect", str(out), *options]) == 0
+    told = capsys.readouterr().out
+    assert all(line.isprintable() for line in told.split("\n"))
+    assert json.loads(told)["made_by"]["tuned"]["path"] == path if options else r"a\x1b[31m\x9b2J\nflearn: all is well \ud800" in told
+
+
 def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
     return {
         "no base": lambda manifest: manifest["recipe"].pop("base"),
