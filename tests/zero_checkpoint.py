@@ -55,12 +55,11 @@ class Checkpoint:
         return {"optimizer_state_dict": states, "ds_config": {"zero_optimization": {"stage": self.stage}}, "ds_version": "0.19.8"}
 
     def _model(self, rank: int) -> dict[str, Any]:
-        trained = {name: tensor for group in self.groups for name, tensor in group.items()}
-        whole = {**trained, **self.frozen}
-        module = {name: torch.zeros(0) if self.stage == 3 else tensor.bfloat16() for name, tensor in whole.items()} | dict(self.buffers)
+        kept = [*self.groups, self.frozen]
+        module = {name: torch.zeros(0) if self.stage == 3 else tensor.bfloat16() for some in kept for name, tensor in some.items()}
         cut = {name: part(tensor, rank, self.world_size) if self.stage == 3 else tensor for name, tensor in self.frozen.items()}
         return {
-            "module": module,
+            "module": module | dict(self.buffers),
             "buffer_names": list(self.buffers),
             "param_shapes": [OrderedDict((name, tensor.shape) for name, tensor in group.items()) for group in self.groups],
             "frozen_param_shapes": OrderedDict((name, tensor.shape) for name, tensor in self.frozen.items()),
