@@ -27,7 +27,7 @@ from pipeline.errors import InputError
 from pipeline.weights.open import open_source
 from pipeline.weights.safetensors import INDEX
 from pipeline.weights.shard import index_of, parse_size
-from pipeline.weights.writer import copy_extras, main_dtype, require_free
+from pipeline.weights.writer import copy_extras, find_extras, main_dtype, require_free
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes to write in all."""
@@ -90,6 +90,7 @@ def subtract(
             raise InputError(f"{out}: lies in {source}, which is read; give another --out")
     if not 1 <= part[0] <= part[1]:
         raise InputError(f"part {part[0]}/{part[1]}: must be I/N with I from 1 to N")
+    find_extras(base)  # what may not be copied is said before anything is written
     formula = Formula(scale, rounding, seed)
     sizes = parse_size(max_shard_size), parse_size(memory)
     with closing(open_source(base)) as base_source, closing(open_source(tuned, base=base_source)) as tuned_source:

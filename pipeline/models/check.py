@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
+from pipeline.weights.writer import find_extras
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     config = _read_config(folder)
     architecture = _require_causal(folder, config)
+    find_extras(folder)  # what a result may not copy is said before anything is trained
     num_parameters, dtype = _weights(folder)
     tokenizer = _tokenizer(folder)
     num_rows = config.get("vocab_size")

@@ -7,6 +7,7 @@ file is in place the folder carries a mark, by which readers refuse it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -59,8 +60,10 @@ def write_model(
         context: For the progress bar.
 
     Raises:
-        InputError: The disk is too full, or `folder` holds other weights.
+        InputError: The disk is too full, `folder` holds other weights, or `extras_from` has links that lead out of it.
     """
+    if extras_from is not None:
+        find_extras(extras_from)  # what may not be copied is said before anything is written
     tensors = converted(source, dtype)
     shards = plan_shards(tensors, parse_size(max_shard_size))
     if _is_finished(folder, tensors):
@@ -147,15 +150,33 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in _WEIGHTS or re.search(r"\.(safetensors|bin)\.index\.json$", path.name) is not None
 
 
+def find_extras(folder: Path) -> list[Path]:
+    """What belongs to a model besides its weights; `config.json`, if there is one, is last.
+
+    Raises InputError for a link that leads out of the folder. (Links to weights are followed, for nothing but weights can be read
+    there; these files are copied whatever they hold. The hub's cache, whose folders are made of links, is no way out.)
+    """
+    found = (path for pattern in _EXTRAS for path in sorted(folder.glob(pattern)) if path.suffix not in _WEIGHTS)
+    extras = [path for path in [*dict.fromkeys(found), folder / "config.json"] if path.is_file()]
+    for path in extras:
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(os.path.realpath(folder)) and not _is_blob(target):
+            raise InputError(f"{path}: is a link out of the model's folder, to {target}; put the file itself there")
+    return extras
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether the hub's cache keeps a file's content at `path`: `models--NAME/blobs/DIGEST`, beside `models--NAME/snapshots/`."""
+    return path.parent.name == "blobs" and (path.parent.parent / "snapshots").is_dir()
+
+
 def copy_extras(source: Path, folder: Path, dtype: str) -> None:
     """Copy what belongs to a model besides its weights; `config.json`, last, says that they are `dtype`."""
-    for pattern in _EXTRAS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.suffix not in _WEIGHTS:
-                _copy(path, folder / path.relative_to(source))
-    config = source / "config.json"
-    if config.is_file():
-        write_json(folder / "config.json", _with_dtype(config, dtype))
+    for path in find_extras(source):
+        if path.name == "config.json":
+            write_json(folder / path.name, _with_dtype(path, dtype))
+        else:
+            _copy(path, folder / path.relative_to(source))
 
 
 def _with_dtype(path: Path, dtype: str) -> dict[str, Any]:

@@ -110,6 +110,25 @@ def test_a_snapshot_of_the_hubs_cache_is_a_model(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "additional_chat_templates"])
+def test_a_file_to_copy_that_is_a_link_out_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    base, tuned = write_pair(tmp_path)
+    secret = tmp_path / "secrets/key.json"
+    secret.parent.mkdir()
+    secret.write_text('{"model_type": "llama"}')
+    (base / name).symlink_to(secret if name.endswith(".json") else secret.parent)
+    told = subtract(capsys, tmp_path)
+    assert name in told and f"a link out of the model's folder, to {secret}" in told
+    assert not (tmp_path / "out").exists()
+    (base / name).unlink()
+    (base / "files").mkdir()
+    (base / "files/settings.json").write_text(secret.read_text())
+    (base / name).symlink_to("files/settings.json" if name.endswith(".json") else "files")
+    words = ["--base", str(base), "--tuned", str(tuned), "--scale", "0.3", "--out", str(tmp_path / "out")]
+    assert main(["delta", "subtract", *words]) == 0
+    assert [path for path in (tmp_path / "out").rglob("*.json") if "llama" in path.read_text()]
+
+
 def test_a_link_to_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, tuned = write_pair(tmp_path)
     (tuned / "model.safetensors").unlink()
