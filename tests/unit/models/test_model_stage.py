@@ -96,6 +96,11 @@ def no_eos(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", eos_token=None)
 
 
+def a_link_out(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder.parent / "elsewhere.json")
+    (folder / "tokenizer.json").symlink_to("../elsewhere.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -109,6 +114,7 @@ def no_eos(folder: Path) -> None:
         (quantised, "quantised"),
         (no_tokenizer, "no usable tokenizer"),
         (no_eos, "no EOS token"),
+        (a_link_out, "tokenizer.json: is a link out of the model's folder"),
     ],
 )
 def test_one_clear_line(folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
