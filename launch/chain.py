@@ -31,6 +31,8 @@ from pipeline.stages import Plan, Step
 
 JOBS = "jobs.json"
 LOGS = "jobs"
+ATTEMPT = "flearn: attempt "
+"""Begins the first line of each attempt at a job in its standard error, which holds what the attempts before it wrote, too."""
 _LOCAL = "local:"
 _SECONDS_FOR_OTHERS = 60
 """How long to wait for another submission to this run, and for jobs that are just ending."""
@@ -136,6 +138,8 @@ class _Chain:
 
     def executor(self, step: Step) -> Any:
         parameters = place.parameters(step.stage, self.experiment.cluster, self.site)
+        mark = f'echo "{ATTEMPT}$((${{SLURM_RESTART_COUNT:-0}} + 1)) on $SLURM_JOB_NODELIST" >&2'
+        parameters["setup"] = [mark, *parameters.get("setup", [])]
         waits = sorted({self.jobs[source.id] for source in step.inputs.values() if source.id in self.jobs})
         if waits:
             parameters["dependency"] = "afterok:" + ":".join(waits)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import scheduler
-from launch.chain import job_files, read_jobs
+from launch.chain import ATTEMPT, job_files, read_jobs
 from launch.outcome import ERROR
 from launch.run import LOCK, read_plan
 from launch.scheduler import JobState
@@ -136,8 +136,8 @@ def _first_killed(stderr: list[Path]) -> tuple[str, Path] | tuple[None, None]:
     srun writes where a job's first task does; an array has a file for each of its tasks.
     """
     for log in stderr:
-        text = re.split(r"DUE TO .*", log.read_text(encoding="utf-8", errors="replace"))
-        match = re.search(r"^srun: error: (\S+): tasks? (\S+): (.*)$", text[-1], flags=re.MULTILINE)
+        text = log.read_text(encoding="utf-8", errors="replace").rpartition(ATTEMPT)[2]
+        match = re.search(r"^srun: error: (\S+): tasks? (\S+): (.*)$", text, flags=re.MULTILINE)
         if match is not None and not match[3].startswith("Exited with exit code"):
             return f"rank {match[2]} on {match[1]}: {match[3]}", log
     return None, None
