@@ -53,22 +53,23 @@ class Journal:
 
         Raises InputError if the folder holds anything else.
         """
-        # In this order: what a fellow worker puts here meanwhile is no stranger; one that completes it writes the manifest, and then
-        # removes the recipe.
+        # In this order: what a fellow worker puts here meanwhile is no stranger.
         strangers = sorted(path.name for path in self.out.glob("*") if path.name != INCOMPLETE)
+        if self.recipe is None and self.manifest is None:
+            with self._unless_complete():
+                self._begin(recipe, strangers)
+        # And in this: a fellow worker that completes the output writes the manifest, and then removes the recipe. Also one that did so
+        # while this one began: then there are both, and the manifest counts.
         begun, manifest = self.recipe, self.manifest
         if manifest is not None:
-            self._require_same(manifest["recipe"], recipe, "holds a finished result")
             shutil.rmtree(self._folder, ignore_errors=True)
-            return manifest
-        if begun is None:
-            self._begin(recipe, strangers)
-            begun = self.recipe
-        if begun is None:
+            self._require_same(manifest["recipe"], recipe, "holds a finished result")
+        elif begun is None:
             raise InputError(f"{self._folder}: damaged; {_ADVICE}")
-        self._require_same(begun, recipe, "holds an unfinished result")
+        else:
+            self._require_same(begun, recipe, "holds an unfinished result")
         sweep(self.out)
-        return None
+        return manifest
 
     def _begin(self, recipe: dict[str, Any], strangers: list[str]) -> None:
         if (self.out.exists() or self.out.is_symlink()) and not self.out.is_dir():
@@ -105,9 +106,10 @@ class Journal:
 
     def record(self, shard: Shard, receipt: dict[str, Any]) -> None:
         """Note that `shard` is in place, with what is to be known of it."""
-        with self._unless_complete():
-            write_json(self._folder / f"{shard.file_name}.json", receipt)
-        if self.manifest is not None:  # a faster worker completed it, and removed the folder that this has just made again
+        if self.manifest is None:
+            with self._unless_complete():
+                write_json(self._folder / f"{shard.file_name}.json", receipt)
+        if self.manifest is not None:  # a faster worker completed it, and removed the folder that this may just have made again
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def commit(self, manifest: dict[str, Any], write_files: Callable[[Path], None]) -> None:

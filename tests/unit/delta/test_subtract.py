@@ -133,6 +133,15 @@ def test_a_finished_result_is_found_and_not_written_again(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
 
 
+def test_what_a_killed_twin_left_in_a_finished_result_goes_when_it_is_found(tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path)
+    subtract(base, tuned, 0.3, tmp_path / "out")
+    right = contents(tmp_path / "out")
+    (tmp_path / "out/.model.safetensors.abcd1234.tmp").write_bytes(b"half of it")
+    assert subtract(base, tuned, 0.3, tmp_path / "out").state == "found"
+    assert contents(tmp_path / "out") == right
+
+
 ONE_THREAD: dict[str, Any] = {"max_shard_size": SHARD, "memory": "9MiB"}
 """So that the shards before the failing one are done."""
 
