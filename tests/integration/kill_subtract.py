@@ -1,8 +1,9 @@
-"""Kills `subtract` at a chosen moment, as often as asked, without importing torch anew each time: each trial is a fork.
+"""Kills `subtract` at a chosen moment, as often as asked, without starting Python anew each time: each trial is a fork.
 
 Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [1, 1]}' OUT CALL WHEN [OUT CALL WHEN ...]
-A trial dies by SIGKILL before, after, or within the CALL-th system call that changes a file (CALL 0: it lives): within a
-pwrite, when half of the bytes are written. It prints a JSON line: how it ended, and the calls it made.
+CALL is a number among the system calls that change a file (0: the trial lives), or among those of a name, as in `pwrite:3`.
+The trial dies by SIGKILL before, after, or within that call: within a pwrite, when half of the bytes are written. Or late: a
+twentieth of a second before it, in which the other threads go on. It prints a JSON line: how it ended, and the calls it made.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ chunks.CHUNK_BYTES = 1 << 16
 class Killer:
     """Counts the calls of `os`'s functions that change files, over all threads."""
 
-    def __init__(self, at: int, when: str) -> None:
-        self._at, self._when = at, when
+    def __init__(self, at: str, when: str) -> None:
+        self._name, _, number = at.rpartition(":")
+        self._number, self._when = int(number), when
         self.calls: list[str] = []
         self._lock = threading.Lock()
 
@@ -40,8 +43,10 @@ class Killer:
         def counted(*arguments: Any, **options: Any) -> Any:
             with self._lock:
                 self.calls.append(name)
-                is_last = len(self.calls) == self._at
-            if is_last and self._when == "before":
+                same = [call for call in self.calls if self._name in ("", call)]
+                is_last = len(same) == self._number and self._name in ("", name)
+            if is_last and self._when in ("before", "late"):
+                time.sleep(0.05 if self._when == "late" else 0)
                 os.kill(os.getpid(), signal.SIGKILL)
             if is_last and self._when == "within" and name == "pwrite":
                 descriptor, data, offset = arguments
@@ -55,7 +60,7 @@ class Killer:
         return counted
 
 
-def trial(arguments: dict[str, Any], out: Path, at: int, when: str) -> None:
+def trial(arguments: dict[str, Any], out: Path, at: str, when: str) -> None:
     """Run in a fork; print how it ended. The fork tells its calls through a pipe."""
     receiver, sender = os.pipe()
     child = os.fork()
@@ -72,13 +77,14 @@ def trial(arguments: dict[str, Any], out: Path, at: int, when: str) -> None:
     with os.fdopen(receiver) as pipe:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
-    print(json.dumps({"signal": os.WTERMSIG(status), **json.loads(told or "{}")}), flush=True)
+    half_written = [path.name for path in out.glob(".*.tmp")]
+    print(json.dumps({"signal": os.WTERMSIG(status), "half_written": half_written, **json.loads(told or "{}")}), flush=True)
 
 
 def main() -> None:
     arguments, trials = json.loads(sys.argv[1]), sys.argv[2:]
     for i in range(0, len(trials), 3):
-        trial(arguments, Path(trials[i]), int(trials[i + 1]), trials[i + 2])
+        trial(arguments, Path(trials[i]), trials[i + 1], trials[i + 2])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Collection, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +27,47 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base of 4 shards' size, its tuned model, and what an undisturbed run makes of them."""
-    folder = tmp_path_factory.mktemp("crash")
-    make_models(folder, num_layers=4, size=200)
-    (result,) = run_trials(folder, [("right", 0, "after")])
-    assert result["state"] == "written"
-    return folder
+    return make_models(tmp_path_factory.mktemp("crash"), num_layers=4)
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with 30 shards of 4 MB, whose writing takes longer than the rest."""
-    folder = tmp_path_factory.mktemp("large")
-    make_models(folder, num_layers=30, size=1000)
-    subprocess.run(command(folder, folder / "right"), cwd=ROOT, env=SETTINGS, check=True, stdout=subprocess.DEVNULL)
-    return folder
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 30 shards, of three writes each."""
+    return make_models(tmp_path_factory.mktemp("many"), num_layers=30)
 
 
-def make_models(folder: Path, num_layers: int, size: int) -> None:
+def make_models(folder: Path, num_layers: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     names = [f"model.layers.{i:02d}.mlp.up_proj.weight" for i in range(num_layers)]
-    base: Tensors = {name: torch.randn(size, size + 1, generator=generator).bfloat16() for name in names}
+    base: Tensors = {name: torch.randn(200, 201, generator=generator).bfloat16() for name in names}
     save(folder / "base", base)
     (folder / "base/config.json").write_text('{"model_type": "llama"}')
     (folder / "base/tokenizer.json").write_text("{}")
     save(folder / "tuned", nudged(base, 1))
+    (result,) = run_trials(folder, [("right", "0", "after")])
+    assert result["state"] == "written"
+    return folder
 
 
-def run_trials(folder: Path, trials: list[tuple[str, int, str]]) -> list[dict[str, Any]]:
-    """Each trial is (name of the output folder, the call at which it is killed or 0, before, within or after it)."""
-    settings = {"base": str(folder / "base"), "tuned": str(folder / "tuned")}
-    words = [word for out, call, when in trials for word in (str(folder / out), str(call), when)]
+Trial = tuple[str, str, str]
+"""Name of the output folder, the call at which it is killed (0: none), and before, within, after or late: see `kill_subtract.py`."""
+
+
+def run_trials(folder: Path, trials: list[Trial]) -> list[dict[str, Any]]:
+    return results(start_trials(folder, trials))
+
+
+def start_trials(folder: Path, trials: list[Trial], part: tuple[int, int] = (1, 1)) -> subprocess.Popen[str]:
+    settings = {"base": str(folder / "base"), "tuned": str(folder / "tuned"), "part": part}
+    words = [word for out, call, when in trials for word in (str(folder / out), call, when)]
     program = [sys.executable, str(Path(__file__).with_name("kill_subtract.py")), json.dumps(settings), *words]
-    done = subprocess.run(program, env=SETTINGS, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return subprocess.Popen(program, env=SETTINGS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def results(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    told, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return [json.loads(line) for line in told.splitlines()]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -81,21 +86,15 @@ def start(folder: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command(folder, out, *options), cwd=ROOT, env=SETTINGS, stdout=pipe, stderr=pipe, text=True)
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str, old: Collection[Path] = ()) -> None:
-    """Until a file of that name appears that is not one of the `old`, or the process ends."""
-    while not set(folder.glob(pattern)).difference(old) and process.poll() is None:
-        time.sleep(0.001)
-
-
 def test_killed_at_every_call_that_changes_a_file(models: Path) -> None:
     """Also between the writing of a journal's entry and its renaming, and within the writing of weights."""
     right = contents(models / "right")
-    (whole,) = run_trials(models, [("count", 0, "after")])
+    (whole,) = run_trials(models, [("count", "0", "after")])
     assert {"replace", "rename", "fsync", "pwrite", "posix_fallocate", "mkdir", "unlink"} <= set(whole["calls"])
     moments = [(call, "within" if name == "pwrite" else "after") for call, name in enumerate(whole["calls"], start=1)]
-    trials = [trial for call, when in moments for trial in ((f"{call}", call, when), (f"{call}", 0, "after"))]
-    results = run_trials(models, trials)
-    killed, resumed = results[::2], results[1::2]
+    trials = [trial for call, when in moments for trial in ((f"{call}", f"{call}", when), (f"{call}", "0", "after"))]
+    ends = run_trials(models, trials)
+    killed, resumed = ends[::2], ends[1::2]
     assert sum(result["signal"] == signal.SIGKILL for result in killed) > 0.9 * len(moments)  # threads may make a call or two less
     assert all(result["signal"] == 0 and result["state"] in ("written", "found") for result in resumed)
     for call, when in moments:
@@ -103,58 +102,36 @@ def test_killed_at_every_call_that_changes_a_file(models: Path) -> None:
         shutil.rmtree(models / f"{call}")
 
 
-def test_killed_again_and_again(models: Path) -> None:
-    """Each life ends a few calls after the last one's progress; at the end nothing is left over."""
+def test_killed_at_twenty_random_moments(many: Path) -> None:
+    """Five times the same output, each life ending some calls after it began; the fifth while other threads are far ahead."""
     generator = random.Random(0)
-    trials = [("often", generator.randint(2, 14), generator.choice(["before", "within", "after"])) for _ in range(20)]
-    results = run_trials(models, [*trials, ("often", 0, "after")])
-    assert sum(result["signal"] == signal.SIGKILL for result in results) >= 10
-    assert results[-1]["state"] in ("written", "found")
-    assert contents(models / "often") == contents(models / "right")
+    trials: list[Trial] = []
+    for out in ("out-0", "out-1", "out-2", "out-3"):
+        for _ in range(4):
+            kind = generator.choice(["", "pwrite:", "replace:", "fsync:"])
+            trials.append((out, f"{kind}{generator.randint(1, 4 if kind else 20)}", generator.choice(["before", "within", "after"])))
+        trials += [(out, f"pwrite:{generator.randint(1, 4)}", "late"), (out, "0", "after")]
+    for (out, call, when), end in zip(trials, run_trials(many, trials), strict=True):
+        if call == "0":
+            assert end["state"] == "written"
+            assert contents(many / out) == contents(many / "right")
+        else:
+            assert end["signal"] == signal.SIGKILL, f"{call} {when}"
+            assert end["half_written"] or not call.startswith("pwrite"), f"{call} {when}"
 
 
-def test_a_process_killed_at_twenty_random_moments(large: Path) -> None:
-    """Each life begins to write, and is killed some time later; whenever one reaches the end, the next begins anew."""
-    right, generator = contents(large / "right"), random.Random(1)
-    num_killed = num_half_written = num_finished = 0
-    while num_killed < 20 or not num_finished:
-        leftovers = set((large / "out").glob(".*.tmp"))
-        process = start(large, large / "out", "--memory", "40MiB")
-        wait_for(process, large / "out", ".*.tmp", leftovers)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(generator.uniform(0, 0.15) if num_killed < 20 else 120)
-        process.kill()
-        _, told = process.communicate()
-        if process.returncode == -signal.SIGKILL:
-            num_killed += 1
-            num_half_written += not leftovers.issuperset((large / "out").glob(".*.tmp"))
-            continue
-        assert process.returncode == 0, told
-        assert contents(large / "out") == right
-        shutil.rmtree(large / "out")
-        num_finished += 1
-    assert num_half_written >= 5
-
-
-def test_three_workers_one_of_which_comes_back_later(large: Path) -> None:
-    """The second dies while it writes; the others are done long before somebody starts it again. Then it dies once more."""
-    out = large / "parts"
-    options = ["--memory", "40MiB", "--part"]
-    workers = [start(large, out, *options, f"{i}/3") for i in (1, 2, 3)]
-    wait_for(workers[1], out, ".model-00005-of-*.tmp")  # the second shard of its own
-    workers[1].kill()
-    told = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL, 0]
-    assert all("left to other parts" in told[i] for i in (0, 2))
-    assert not (out / "manifest.json").exists()
-    again = start(large, out, *options, "2/3")
-    wait_for(again, out, ".model-00020-of-*.tmp")
-    again.kill()
-    assert again.wait() == -signal.SIGKILL
-    assert not (out / "manifest.json").exists()
-    last = start(large, out, *options, "2/3")
-    assert "left to other parts" not in last.communicate(timeout=120)[0]
-    assert contents(out) == contents(large / "right")
+def test_three_workers_one_of_which_comes_back_later(many: Path) -> None:
+    """The second dies as it begins its second shard; the others end long before somebody starts it again. Then it dies once more."""
+    out = many / "parts"
+    moments = [("0", "after"), ("posix_fallocate:2", "after"), ("0", "after")]
+    workers = [start_trials(many, [("parts", *moment)], part=(i, 3)) for i, moment in enumerate(moments, start=1)]
+    (first,), (second,), (third,) = (results(worker) for worker in workers)
+    assert first["state"] == third["state"] == "waiting" and second["signal"] == signal.SIGKILL
+    assert not (out / "manifest.json").exists() and not (out / "model-00005-of-00030.safetensors").exists()
+    again, last = results(start_trials(many, [("parts", "posix_fallocate:6", "after"), ("parts", "0", "after")], part=(2, 3)))
+    assert again["signal"] == signal.SIGKILL and again["half_written"]
+    assert last["state"] == "written"
+    assert contents(out) == contents(many / "right")
 
 
 def test_six_workers_at_once_each_part_twice(models: Path) -> None:
