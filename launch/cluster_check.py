@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import chain, machine, place, probe, scheduler
-from launch.forecast import Capacity
+from launch.capacity import Capacity
 from launch.machine import Row
 from launch.probe import Probed, Report
 from launch.site import Site, load_site
@@ -105,6 +105,7 @@ def capacity(probed: Probed) -> Capacity | None:
         host_bytes=min(report.host_bytes for report in probed.reports),
         disk_bytes=min(report.disk_bytes for report in probed.reports),
         flops=flops[0],
+        evaluating_ranks=1,
     )
 
 

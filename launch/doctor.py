@@ -14,7 +14,7 @@ from launch.machine import Row
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from launch.forecast import Capacity
+    from launch.capacity import Capacity
     from pipeline.config import Cluster, Experiment
 
 _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
@@ -69,7 +69,7 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
 
 def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capacity]:
     """Measuring speed takes the GPU's memory for a moment: not for a health check beside a training."""
-    from launch.forecast import Capacity
+    from launch.capacity import Capacity
 
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     devices = machine.find_devices()
@@ -79,6 +79,7 @@ def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capa
         host_bytes=machine.host_memory_bytes(),
         disk_bytes=shutil.disk_usage(machine.existing(runs_dir)).free,
         flops=machine.measure_flops() if needs_flops else None,
+        evaluating_ranks=cluster.ranks,
     )
 
 

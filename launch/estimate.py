@@ -11,23 +11,28 @@ Bytes per parameter, with N ranks and w = 2 (bf16) or 4 (fp32); P = all paramete
     logits            (w + 8) V bytes per answer token
     the process       0.6 GB: Python, torch, transformers and DeepSpeed, or a CUDA context
 
+An evaluation holds the weights, keys and values of a batch of questions, and 8 V bytes of logits per answer token.
+
 A checkpoint holds 12 bytes per trained parameter, the last one of a training 4 (its moments are left out), and w T for the
 module at stages 1 and 2. While one replaces another there are two; a training shorter than `checkpoint_every_steps` has but
 its last, unless it is stopped. Time is 6 P floating-point operations per token of
-full fine-tuning (8 P with gradient checkpointing), 4 P of LoRA (6 P), 2 P of evaluation. All of it is meant to be right
-within a factor of two or so, not more.
+full fine-tuning (8 P with gradient checkpointing), 4 P of LoRA (6 P), 2 P of evaluation: computing alone, without the ranks'
+messages and the disk. All of it is meant to be right within a factor of two or so, not more.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from pipeline.config import LoraTraining, Training
+from pipeline.config import Evaluate, LoraTraining, Teach, Training
+from pipeline.stages import Step
 
 ANSWER_TOKENS = 10
 """Tokens of an answer with its EOS; the short answers of ZsRE have 4 to 8."""
 PROCESS_BYTES = 600_000_000
 _ACTIVATION_BYTES = 34
+_BUCKET = 5 * 10**8
+"""DeepSpeed's default number of elements."""
 
 
 class Shape(NamedTuple):
@@ -37,6 +42,17 @@ class Shape(NamedTuple):
     num_layers: int
     hidden_size: int
     vocab_size: int
+
+
+class Data(NamedTuple):
+    """How much text there is: facts, and the average tokens of a question with its answer."""
+
+    num_facts: int
+    record_tokens: int
+    locality: float
+    """Unrelated questions per fact."""
+    questions: float
+    """All questions that an evaluation asks about a fact."""
 
 
 class Memory(NamedTuple):
@@ -51,6 +67,13 @@ class Memory(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
+
+
+def training_of(step: Step) -> Training:
+    """The settings of a fine-tuning step."""
+    values = step.section["training"]
+    kind = LoraTraining if "rank" in values else Teach if step.stage == "teach" else Training
+    return kind.model_validate(values)
 
 
 def zero_stage(training: Training) -> int:
@@ -74,10 +97,24 @@ def training_memory(shape: Shape, training: Training, ranks: int, record_tokens:
     weights = width * shape.num_parameters // (ranks if stage == 3 else 1)
     gradients = width * trained // (ranks if stage >= 2 else 1) + (4 * trained // ranks if width == 2 else 0)
     optimizer = 12 * trained // (ranks if stage >= 1 else 1)
-    working = PROCESS_BYTES + _buckets(training, trained) + _activations(shape, training, record_tokens)
+    working = PROCESS_BYTES + _buckets(shape, training, trained) + _activations(shape, training, record_tokens)
     if stage == 3:
         working += width * min(shape.num_parameters, _zero(training, "stage3_max_live_parameters", 10**9))
     return Memory(weights, gradients, optimizer, working)
+
+
+def evaluation_memory(shape: Shape, settings: Evaluate, record_tokens: int) -> tuple[int, int]:
+    """What one rank of an evaluation holds: weights, and what works on them."""
+    width = 2 if settings.precision == "bf16" else 4
+    cache = 2 * width * shape.num_layers * shape.hidden_size * settings.batch_size * (record_tokens + settings.max_new_tokens)
+    logits = 8 * shape.vocab_size * settings.batch_size * ANSWER_TOKENS
+    return width * shape.num_parameters, PROCESS_BYTES + cache + logits
+
+
+def num_records(training: Training, data: Data) -> int:
+    """Records of one epoch."""
+    with_locality = isinstance(training, Teach) and training.facts == "old_and_locality"
+    return round(data.num_facts * (1 + data.locality)) if with_locality else data.num_facts
 
 
 def checkpoint_bytes(shape: Shape, training: Training, with_moments: bool = True) -> int:
@@ -101,10 +138,17 @@ def _zero(training: Training, key: str, default: int) -> int:
     return int(value) if isinstance(value, (int, float)) else default
 
 
-def _buckets(training: Training, trained: int) -> int:
-    reduce = _zero(training, "reduce_bucket_size", 5 * 10**8) * (2 if _zero(training, "overlap_comm", 0) else 1)
-    gather = _zero(training, "allgather_bucket_size", 5 * 10**8) if zero_stage(training) < 3 else 0
+def _buckets(shape: Shape, training: Training, trained: int) -> int:
+    overlaps = _zero(training, "overlap_comm", zero_stage(training) == 3)
+    reduce = _bucket(shape, training, "reduce_bucket_size") * (2 if overlaps else 1)
+    gather = _bucket(shape, training, "allgather_bucket_size") if zero_stage(training) < 3 else 0
     return _width(training) * (min(reduce, trained) + min(gather, trained))
+
+
+def _bucket(shape: Shape, training: Training, key: str) -> int:
+    """Elements; "auto" is what pipeline/train/deepspeed_config.py makes of it."""
+    is_auto = training.deepspeed.get("zero_optimization", {}).get(key) == "auto"
+    return shape.hidden_size**2 if is_auto else _zero(training, key, _BUCKET)
 
 
 def _activations(shape: Shape, training: Training, record_tokens: int) -> int:

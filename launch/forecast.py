@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch import estimate
-from launch.estimate import Shape
-from launch.machine import Row, State
+from launch import capacity as capacities
+from launch import estimate, remedy, storage
+from launch.capacity import Capacity
+from launch.estimate import Data, Shape
+from launch.machine import Row
+from launch.storage import size
 from pipeline import stages
-from pipeline.config import Evaluate, Experiment, LoraTraining, Model, Teach, Training
+from pipeline.config import Cluster, Evaluate, Experiment, Model
 from pipeline.errors import InputError
 from pipeline.models.packaged import resolve
 from pipeline.stages import Plan, Step
@@ -22,31 +24,6 @@ _ESTIMATED = (*stages.TUNINGS, "forget", "evaluate")
 _CHARACTERS_PER_TOKEN = 4
 _TEMPLATE_TOKENS = {"plain": 1, "alpaca": 40}
 _OTHER_TEMPLATE_TOKENS = 30
-_EFFICIENCY = 0.4
-"""Share of a plain matrix product's speed that training reaches."""
-_TIGHT = 0.85
-_RANKS_TRIED = (2, 4, 8, 16, 32, 64)
-
-
-class Capacity(NamedTuple):
-    """What a machine has. `device_bytes` is one GPU's memory, or None where the ranks share the host's."""
-
-    device_bytes: int | None
-    host_bytes: int
-    disk_bytes: int
-    flops: float | None
-    """Floating-point operations a second of one rank's device, in a large matrix product; None: not measured."""
-
-
-class Data(NamedTuple):
-    """How much text there is: facts, and the average tokens of a question with its answer."""
-
-    num_facts: int
-    record_tokens: int
-    locality: float
-    """Unrelated questions per fact."""
-    questions: float
-    """All questions that an evaluation asks about a fact."""
 
 
 def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
@@ -62,11 +39,10 @@ def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
         return
     data = read_data(plan, experiment)
     yield _experiment_row(experiment, shape, data)
-    needs = [_need(experiment, step, shape, data, capacity) for step in pending if step.stage in _ESTIMATED]
-    yield from _merged(needs, capacity, experiment)
-    yield disk_row(pending, shape, data, capacity.disk_bytes)
-    if capacity.flops is not None:
-        yield Row("time for this run", "ok", f"about {duration(sum(need.seconds for need in needs))}, and the start of each stage")
+    needs = [_need(experiment.cluster, step, shape, data, capacity) for step in pending if step.stage in _ESTIMATED]
+    yield from _merged(needs)
+    yield storage.disk_row(pending, shape, data, capacity.disk_bytes)
+    yield _time_row(needs, capacity)
 
 
 def shape_of(model: Model) -> Shape | str:
@@ -128,150 +104,72 @@ class Need(NamedTuple):
     step: Step
     memory_bytes: int
     """Of one rank."""
+    limit: int
+    """What it may use."""
+    whose: str
+    """Whose memory that is, with its amount."""
     seconds: float
+    """Of computing."""
     detail: str
     advice: str
     """What to change if the memory does not suffice."""
 
 
-def _need(experiment: Experiment, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
+def _need(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
     if step.stage == "forget":
-        return Need(step, estimate.PROCESS_BYTES, 0, "memory independent of the model's size", "")
+        whose = f"of the {size(capacity.host_bytes)} that are free on the host"
+        return Need(step, estimate.PROCESS_BYTES, capacity.host_bytes, whose, 0, "at most, however large the model is", "")
     if step.stage == "evaluate":
-        return _evaluation(experiment, step, shape, data, capacity)
-    return _training(experiment, step, shape, data, capacity)
+        return _evaluation(cluster, step, shape, data, capacity)
+    return _training(cluster, step, shape, data, capacity)
 
 
-def _training(experiment: Experiment, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
-    training = training_of(step)
-    ranks = experiment.cluster.ranks
-    memory = estimate.training_memory(shape, training, ranks, data.record_tokens)
-    tokens = num_records(training, data) * data.record_tokens
-    seconds = estimate.training_flops(shape, training, tokens) / _rate(capacity, ranks)
+def _training(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
+    training, limit = estimate.training_of(step), capacity.limit(cluster)
+    memory = estimate.training_memory(shape, training, cluster.ranks, data.record_tokens)
+    tokens = estimate.num_records(training, data) * data.record_tokens
+    seconds = estimate.training_flops(shape, training, tokens) / capacity.rate(training.precision, cluster.ranks)
     detail = ", ".join(f"{name} {size(value)}" for name, value in memory._asdict().items())
-    return Need(step, memory.total, seconds, detail, remedy(step, shape, training, ranks, data.record_tokens, capacity))
+    advice = remedy.training_remedy(step, shape, training, cluster, data, capacity)
+    return Need(step, memory.total, limit, f"a rank of {size(limit)}", seconds, detail, advice)
 
 
-def _evaluation(experiment: Experiment, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
-    settings = Evaluate.model_validate(step.section["evaluate"])
-    weights, working = _evaluation_bytes(settings, shape, data)
+def _evaluation(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
+    settings, limit = Evaluate.model_validate(step.section["evaluate"]), capacity.limit(cluster)
+    weights, working = estimate.evaluation_memory(shape, settings, data.record_tokens)
     seen = data.num_facts * data.questions * (data.record_tokens * len(settings.protocols) + settings.max_new_tokens)
-    seconds = 2.0 * shape.num_parameters * seen / _rate(capacity, experiment.cluster.ranks)
-    advice = "no setting makes it fit here: a GPU with more memory, or a smaller model"
-    for change, warning in (({"batch_size": 4}, ""), ({"batch_size": 4, "precision": "bf16"}, " (bf16 rounds a small subtraction away)")):
-        if sum(_evaluation_bytes(settings.model_copy(update=change), shape, data)) <= _TIGHT * _limit(capacity, experiment):
-            advice = f"would fit with {' '.join(f'--set evaluate.{name}={value}' for name, value in change.items())}{warning}"
-            break
-    return Need(step, weights + working, seconds, f"weights {size(weights)}, working {size(working)}", advice)
+    seconds = 2.0 * shape.num_parameters * seen / capacity.rate(settings.precision, capacity.evaluating_ranks)
+    advice = remedy.evaluation_remedy(shape, settings, cluster, data, capacity)
+    detail = f"weights {size(weights)}, working {size(working)}"
+    return Need(step, weights + working, limit, f"a rank of {size(limit)}", seconds, detail, advice)
 
 
-def _evaluation_bytes(settings: Evaluate, shape: Shape, data: Data) -> tuple[int, int]:
-    """Weights, and what works on them: keys and values, logits, the process itself."""
-    width = 2 if settings.precision == "bf16" else 4
-    cache = 2 * width * shape.num_layers * shape.hidden_size * settings.batch_size * (data.record_tokens + settings.max_new_tokens)
-    logits = 8 * shape.vocab_size * settings.batch_size * estimate.ANSWER_TOKENS
-    return width * shape.num_parameters, estimate.PROCESS_BYTES + cache + logits
-
-
-def _merged(needs: list[Need], capacity: Capacity, experiment: Experiment) -> Iterator[Row]:
+def _merged(needs: list[Need]) -> Iterator[Row]:
     """One row for all steps of a stage that want the same."""
     groups: dict[tuple[Any, ...], list[Need]] = {}
     for need in needs:
         groups.setdefault((need.step.stage, need.memory_bytes, need.seconds), []).append(need)
     for group in groups.values():
-        need, limit = group[0], _limit(capacity, experiment)
+        need = group[0]
         methods = dict.fromkeys(method for one in group for method in one.step.methods)
         name = f"{len(group)} x {need.step.stage}" if len(group) > 1 else need.step.stage
-        time = f"; about {duration(need.seconds)}{' each' if len(group) > 1 else ''}" if need.seconds else ""
-        state = _state(need.memory_bytes, limit)
-        detail = f"{size(need.memory_bytes)} a rank of {size(limit)} ({need.detail}){time}"
+        time = f"; computes for about {duration(need.seconds)}{' each' if len(group) > 1 else ''}" if need.seconds else ""
+        state = capacities.state(need.memory_bytes, need.limit)
+        detail = f"{size(need.memory_bytes)} {need.whose} ({need.detail}){time}"
         yield Row(f"{name} ({', '.join(methods)})" if methods else name, state, detail, need.advice if state != "ok" else "")
 
 
-def training_of(step: Step) -> Training:
-    """The settings of a fine-tuning step."""
-    values = step.section["training"]
-    kind = LoraTraining if "rank" in values else Teach if step.stage == "teach" else Training
-    return kind.model_validate(values)
-
-
-def _limit(capacity: Capacity, experiment: Experiment) -> int:
-    """Bytes that one rank may use."""
-    if capacity.device_bytes is not None:
-        return capacity.device_bytes
-    return capacity.host_bytes * experiment.cluster.nodes // experiment.cluster.ranks
-
-
-def _rate(capacity: Capacity, ranks: int) -> float:
-    """Operations a second of all ranks: a GPU each, or together the cores, whose speed was measured together. Unknown: infinite."""
+def _time_row(needs: list[Need], capacity: Capacity) -> Row:
     if capacity.flops is None:
-        return float("inf")
-    return capacity.flops * _EFFICIENCY * (ranks if capacity.device_bytes is not None else 1)
-
-
-def _state(needed: int, limit: int) -> State:
-    return "fail" if needed > limit else "warn" if needed > _TIGHT * limit else "ok"
-
-
-def remedy(step: Step, shape: Shape, training: Training, ranks: int, record_tokens: int, capacity: Capacity) -> str:
-    """The smallest change of settings that makes a fine-tuning fit, as `--set` options."""
-    section = "lora" if isinstance(training, LoraTraining) else "teach" if step.stage == "teach" else "full"
-    saving = training.model_copy(update={"gradient_checkpointing": True, "micro_batch_size": 1})
-    zero3 = saving.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 3}}})
-    less = f"--set {section}.gradient_checkpointing=true --set {section}.micro_batch_size=1"
-    choices = [(saving, ranks, less), (zero3, ranks, f"{less} --set {section}.deepspeed=configs/deepspeed/zero3.json")]
-    if capacity.device_bytes is not None:
-        choices += [(saving, more, f"{less} --set cluster.ranks={more}") for more in _RANKS_TRIED if more > ranks]
-    for changed, number, options in choices:
-        limit = capacity.device_bytes if capacity.device_bytes is not None else capacity.host_bytes // number
-        if estimate.training_memory(shape, changed, number, record_tokens).total <= _TIGHT * limit:
-            return f"would fit with {options}"
-    return "no setting makes it fit here: more or larger GPUs, a smaller model, or LoRA alone"
-
-
-def disk_row(pending: list[Step], shape: Shape, data: Data, free: int) -> Row:
-    """The results that stay, and the largest that comes and goes while a stage runs."""
-    sizes = [disk_bytes(step, shape, data) for step in pending]
-    stay, passing = sum(size for size, _ in sizes), max(size for _, size in sizes)
-    detail = f"{size(stay + passing)} of {size(free)} free: results {size(stay)}, checkpoints while they run {size(passing)}"
-    state = _state(stay + passing, free)
-    return Row("disk for this run", state, detail, "" if state == "ok" else "set cluster.runs_dir to a larger disk, or run fewer methods")
-
-
-def disk_bytes(step: Step, shape: Shape, data: Data) -> tuple[int, int]:
-    """Bytes of a step's result, and those that come and go beside it or before it."""
-    if step.stage == "forget":
-        return _width(step.section["forget"]["dtype"]) * shape.num_parameters, 0
-    if step.stage not in stages.TUNINGS:
-        return 0, 0
-    training = training_of(step)
-    checkpoint = estimate.checkpoint_bytes(shape, training)
-    num_steps = training.epochs * ceil(num_records(training, data) / training.batch_size)
-    num_copies = 1 if num_steps <= training.checkpoint_every_steps else 2  # an old one goes when the new one is whole
-    keeps_checkpoint = step.stage == "tune_old" and not isinstance(training, LoraTraining)
-    trained = 4 * estimate.num_trained(shape, training)
-    result = estimate.checkpoint_bytes(shape, training, with_moments=False) if keeps_checkpoint else trained
-    return result, num_copies * checkpoint - result  # the result is written where moments were
-
-
-def num_records(training: Training, data: Data) -> int:
-    """Records of one epoch."""
-    with_locality = isinstance(training, Teach) and training.facts == "old_and_locality"
-    return round(data.num_facts * (1 + data.locality)) if with_locality else data.num_facts
-
-
-def _width(dtype: str) -> int:
-    return 2 if dtype in ("bfloat16", "float16") else 4
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in decimal units."""
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
+        return Row("time for this run", "ok", "not estimated: the speed of GPUs that are not here is unknown")
+    seconds = sum(need.seconds for need in needs)
+    detail = f"computes for about {duration(seconds)}, one step after another; to that come the start of each step, and what it writes"
+    return Row("time for this run", "ok", detail)
 
 
 def duration(seconds: float) -> str:
     """A rough time, in the largest unit that fits."""
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
+    for unit_seconds, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit_seconds:
+            return f"{seconds / unit_seconds:.0f} {unit}"
     return f"{max(1, round(seconds))} s"

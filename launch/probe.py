@@ -58,8 +58,8 @@ class Report:
     device: str = "cpu"
     num_seen: int = 0
     """Reports of ranks, itself included, that this one finds in the shared folder."""
-    flops: float | None = None
-    """Rank 0 only: floating-point operations a second of its device, as `machine.measure_flops` has it."""
+    flops: dict[str, float] | None = None
+    """Rank 0 only: floating-point operations a second of its device, as `machine.measure_flops` has them."""
     signalled: bool = False
     """Whether SIGUSR2, sent to the job, reached this rank's Python."""
 

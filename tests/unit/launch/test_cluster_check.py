@@ -15,7 +15,14 @@ from launch.site import Site
 from pipeline.config import Cluster
 
 GB = 10**9
-GPUS = {"gpus": ["A100"] * 4, "gpu_bytes": [80 * GB] * 4, "driver": "550.54.14", "nccl": "2.27.5", "device": "cuda:0", "flops": 250e12}
+GPUS = {
+    "gpus": ["A100"] * 4,
+    "gpu_bytes": [80 * GB] * 4,
+    "driver": "550.54.14",
+    "nccl": "2.27.5",
+    "device": "cuda:0",
+    "flops": {"bf16": 250e12},
+}
 
 
 def report(rank: int, **changes: object) -> Report:
@@ -34,7 +41,7 @@ def report(rank: int, **changes: object) -> Report:
         nccl=None,
         joined=True,
         num_seen=2,
-        flops=None if rank else 1e11,
+        flops=None if rank else {"bf16": 1e11},
         signalled=True,
     )
     return replace(healthy, **changes)  # type: ignore[arg-type]
@@ -104,7 +111,7 @@ def test_what_the_nodes_have_is_what_the_estimates_are_made_for(tmp_path: Path) 
     reports = [report(0, **GPUS), report(1, **GPUS | {"gpu_bytes": [40 * GB], "flops": None})]
     found = cluster_check.capacity(Probed(Cluster(ranks=2, nodes=2), Site(), tmp_path, reports=reports))
     assert found is not None
-    assert (found.device_bytes, found.host_bytes, found.flops) == (40 * GB, 60 * GB, 250e12)
+    assert (found.device_bytes, found.host_bytes, found.flops) == (40 * GB, 60 * GB, {"bf16": 250e12})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Bytes on the disk: what a run leaves there, what comes and goes while it runs, and how much is written in all."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import NamedTuple
+
+from launch import capacity, estimate
+from launch.estimate import Data, Shape, training_of
+from launch.machine import Row
+from pipeline import stages
+from pipeline.config import LoraTraining, Training
+from pipeline.stages import Step
+
+
+class Stored(NamedTuple):
+    """Bytes of one step."""
+
+    result: int
+    """What stays."""
+    passing: int
+    """What comes and goes beside the result, or before it: checkpoints."""
+    written: int
+    """All that is written from the step's start to its end."""
+
+
+def disk_row(pending: list[Step], shape: Shape, data: Data, free: int) -> Row:
+    """The results that stay, the largest that comes and goes while a stage runs, and what has to be written."""
+    steps = [stored(step, shape, data) for step in pending]
+    stay, passing, written = sum(one.result for one in steps), max(one.passing for one in steps), sum(one.written for one in steps)
+    detail = f"{size(stay + passing)} of {size(free)} free: results {size(stay)}, checkpoints while they run {size(passing)}"
+    detail += f"; writes {size(written)} in all, checkpoints (checkpoint_every_steps) included"
+    state = capacity.state(stay + passing, free)
+    return Row("disk for this run", state, detail, "" if state == "ok" else "set cluster.runs_dir to a larger disk, or run fewer methods")
+
+
+def stored(step: Step, shape: Shape, data: Data) -> Stored:
+    """What `step` does to the disk; steps that leave no weights count for nothing."""
+    if step.stage == "forget":
+        result = _width(step.section["forget"]["dtype"]) * shape.num_parameters
+        return Stored(result, 0, result)
+    if step.stage not in stages.TUNINGS:
+        return Stored(0, 0, 0)
+    training = training_of(step)
+    checkpoint = estimate.checkpoint_bytes(shape, training)
+    last = estimate.checkpoint_bytes(shape, training, with_moments=False)
+    keeps_checkpoint = step.stage == "tune_old" and not isinstance(training, LoraTraining)
+    result = last if keeps_checkpoint else 4 * estimate.num_trained(shape, training)
+    earlier = (_num_steps(training, data) - 1) // training.checkpoint_every_steps
+    num_copies = 2 if earlier else 1  # an old one goes when the new one is whole
+    written = earlier * checkpoint + last + (0 if keeps_checkpoint else result)
+    return Stored(result, num_copies * checkpoint - result, written)  # the result is written where moments were
+
+
+def _num_steps(training: Training, data: Data) -> int:
+    return training.epochs * ceil(estimate.num_records(training, data) / training.batch_size)
+
+
+def _width(dtype: str) -> int:
+    return 2 if dtype in ("bfloat16", "float16") else 4
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units."""
+    if num_bytes >= 1e12:
+        return f"{num_bytes / 1e12:.1f} TB"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
