@@ -69,6 +69,7 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
 
 def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capacity]:
     """Measuring speed takes the GPU's memory for a moment: not for a health check beside a training."""
+    from launch import speed
     from launch.capacity import Capacity
 
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
@@ -78,7 +79,7 @@ def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capa
         device_bytes=min(devices.memory_bytes) if devices.names else None,
         host_bytes=machine.host_memory_bytes(),
         disk_bytes=shutil.disk_usage(machine.existing(runs_dir)).free,
-        flops=machine.measure_flops() if needs_flops else None,
+        flops=speed.measure_flops() if needs_flops else None,
         evaluating_ranks=cluster.ranks,
     )
 

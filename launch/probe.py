@@ -59,7 +59,7 @@ class Report:
     num_seen: int = 0
     """Reports of ranks, itself included, that this one finds in the shared folder."""
     flops: dict[str, float] | None = None
-    """Rank 0 only: floating-point operations a second of its device, as `machine.measure_flops` has them."""
+    """Rank 0 only: floating-point operations a second of its device, as `speed.measure_flops` has them."""
     signalled: bool = False
     """Whether SIGUSR2, sent to the job, reached this rank's Python."""
 
@@ -123,12 +123,14 @@ def _measure(report: Report, context: Context) -> None:
     import torch
     import torch.distributed as dist
 
+    from launch import speed
+
     ones = torch.ones(1, device=context.device)
     dist.all_reduce(ones)
     report.joined = int(ones.item()) == context.world_size
     report.device = context.device
     if context.is_main:
-        report.flops = machine.measure_flops()
+        report.flops = speed.measure_flops()
 
 
 def _wait_for_reports(folder: Path, wanted: int) -> int:
