@@ -23,21 +23,22 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="naming the virtual nodes in /etc/hosts needs root"),
 ]
 
-# The quickstart with one method, few facts, and a `teach` that is long enough to be disturbed.
+# The quickstart with one method, few facts, and fine-tunings that are long enough to be disturbed.
 SMALL = [
     "facts.limit=12",
     "methods=[flearn_ft]",
     "model.tiny.num_layers=2",
     "teach.epochs=60",
-    "teach.checkpoint_every_steps=10",
     "full.epochs=60",
+    "full.checkpoint_every_steps=10",
     "evaluate.max_new_tokens=4",
     "evaluate.protocols=[token]",
     "forget.max_shard_size=1MB",
     "cluster.ranks=2",
     "cluster.nodes=2",
 ]
-ZERO = {stage: [f"{name}.deepspeed=configs/deepspeed/zero{stage}.json" for name in ("teach", "full")] for stage in (2, 3)}
+ZERO = {stage: [f"{name}.deepspeed=configs/deepspeed/zero{stage}.json" for name in ("teach", "full", "lora")] for stage in (2, 3)}
+ZERO[3] += ["methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]", "lora.epochs=20"]  # one of the two has all methods
 
 
 def settings(runs: Path, *overrides: str) -> list[str]:
@@ -78,14 +79,15 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def taught(run_dir: Path) -> bytes:
-    (path,) = run_dir.glob("teach-*/model/*.safetensors")
+def learned(run_dir: Path) -> bytes:
+    (path,) = run_dir.glob("learn-*/model/*.safetensors")
     return path.read_bytes()
 
 
-def digests(run_dir: Path) -> dict[str, str]:
-    (path,) = run_dir.glob("forget-*/model/manifest.json")
-    return {name: tensor["blake3"] for name, tensor in json.loads(path.read_text())["tensors"].items()}
+def digests(run_dir: Path) -> dict[str, dict[str, str]]:
+    """By subtraction, those of its tensors."""
+    made = {path.parts[-3]: json.loads(path.read_text()) for path in run_dir.glob("forget-*/model/manifest.json")}
+    return {step: {name: tensor["blake3"] for name, tensor in manifest["tensors"].items()} for step, manifest in made.items()}
 
 
 def in_queue(run_dir: Path) -> str:
@@ -145,11 +147,12 @@ def here(chains: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_chain_gives_the_figures_of_a_run_here(chains: dict[int, Path], here: dict[int, Path], stage: int) -> None:
     run_dir = chains[stage]
-    wait_until(lambda: (run_dir / "results.json").exists(), f"{(run_dir.parent / 'submit.log').read_text()} {status_text(run_dir)}")
+    what = f"{(run_dir.parent / 'submit.log').read_text()} {status_text(run_dir)}"
+    wait_until(lambda: (run_dir / "results.json").exists(), what, 600)
     assert figures(run_dir) == figures(here[stage])
     assert any(row["reliability"] for row in figures(run_dir))
     assert digests(run_dir) == digests(here[stage])
-    assert len(list(run_dir.glob("forget-*/part-?-of-3.json"))) == 3
+    assert len(list(run_dir.glob("forget-*/part-?-of-3.json"))) == 3 * len(digests(run_dir))
     assert {row["state"] for row in status(run_dir).values()} == {"done"}
     assert "flearn status" in (run_dir.parent / "submit.log").read_text()
     again = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *settings(run_dir.parent, *ZERO[stage], "cluster.forget_parts=3"))
@@ -165,32 +168,38 @@ def test_on_local_gives_the_same(here: dict[int, Path], tmp_path: Path) -> None:
 
 
 def num_steps(runs: Path) -> int:
-    """That `teach` has done."""
-    return sum(path.read_bytes().count(b"\n") for path in runs.glob("quickstart/teach-*/steps.jsonl"))
+    """That `learn` has done."""
+    return sum(path.read_bytes().count(b"\n") for path in runs.glob("quickstart/learn-*/steps.jsonl"))
+
+
+def copy_before(stage: str, reference: Path, run_dir: Path) -> None:
+    """Begin a run with what the reference run made, but for `stage` and what follows from it."""
+    left_out: set[str] = set()
+    for step in json.loads((reference / "plan.json").read_text())["steps"]:
+        if step["stage"] == stage or left_out & set(step["inputs"].values()):
+            left_out.add(step["id"])
+        else:
+            shutil.copytree(reference / step["id"], run_dir / step["id"])
 
 
 class Disturbed:
-    """A chain whose `teach` is at work, with a few steps done."""
+    """A chain whose `learn` is at work, with a few steps done."""
 
-    def __init__(self, reference: Path, runs: Path, site: Path, partition: str = "debug") -> None:
-        self.runs, self.reference = runs, reference
-        site.write_text(f"partition: {partition}\n")
+    def __init__(self, reference: Path, runs: Path, site: Path, *site_lines: str) -> None:
+        self.runs, self.reference, self.run_dir = runs, reference, runs / "quickstart"
+        site.write_text("\n".join(site_lines) + "\n")
         self.overrides = [*ZERO[2], f"cluster.site={site}"]
-        for stage in ("facts", "model"):
-            (made,) = reference.glob(f"{stage}-*")
-            shutil.copytree(made, runs / "quickstart" / made.name)
+        copy_before("learn", reference, self.run_dir)
         self.submit()
-        self.run_dir = runs / "quickstart"
         wait_until(lambda: num_steps(runs) > 12, "some steps")
-        self.job = json.loads((self.run_dir / "jobs.json").read_text())[self.teach.name]
 
     def submit(self) -> None:
         run(self.runs, "slurm", *self.overrides)
 
     @property
-    def teach(self) -> Path:
-        (folder,) = self.run_dir.glob("teach-*")
-        return folder
+    def job(self) -> str:
+        jobs: dict[str, str] = json.loads((self.run_dir / "jobs.json").read_text())
+        return next(job for step, job in jobs.items() if step.startswith("learn-"))
 
     def pid(self, **variables: str) -> int:
         """The process of this job's Python with these SLURM variables."""
@@ -206,10 +215,9 @@ class Disturbed:
         return int(found[1])
 
     def ends_as_undisturbed(self) -> None:
-        wait_until(lambda: (self.teach / "manifest.json").exists(), f"{self.state()} {status_text(self.run_dir)}")
-        assert taught(self.run_dir) == taught(self.reference)
-        assert flearn("cancel", str(self.run_dir)).returncode == 0
-        wait_until(lambda: not in_queue(self.run_dir), "the end of the chain")
+        wait_until(lambda: (self.run_dir / "results.json").exists(), f"{self.state()} {status_text(self.run_dir)}")
+        assert figures(self.run_dir) == figures(self.reference)
+        assert learned(self.run_dir) == learned(self.reference)
 
 
 def find_process(wanted: set[bytes]) -> int:
@@ -230,7 +238,7 @@ def find_process(wanted: set[bytes]) -> int:
 
 @pytest.fixture
 def disturb(here: dict[int, Path], tmp_path: Path) -> Callable[..., Disturbed]:
-    return lambda partition="debug": Disturbed(here[2], tmp_path, tmp_path / "site.yaml", partition)
+    return lambda *site: Disturbed(here[2], tmp_path, tmp_path / "site.yaml", *(site or ("partition: debug",)))
 
 
 def test_requeued_by_an_operator(disturb: Callable[..., Disturbed]) -> None:
@@ -241,7 +249,7 @@ def test_requeued_by_an_operator(disturb: Callable[..., Disturbed]) -> None:
 
 
 def test_preempted_by_a_job_of_higher_priority(disturb: Callable[..., Disturbed]) -> None:
-    chain = disturb("low")
+    chain = disturb("partition: low")
     slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     chain.ends_as_undisturbed()
     assert chain.num_requeues() == 1
@@ -280,34 +288,68 @@ def test_a_killed_rank_ends_its_step_and_the_same_command_goes_on(disturb: Calla
     os.kill(chain.pid(SLURM_PROCID="1"), signal.SIGKILL)
     wait_until(lambda: chain.state() == "FAILED", "the end of the job", 60)
     found = status(chain.run_dir)
-    assert found["teach"]["state"] == "failed"
-    assert re.search(r"rank 1 on n\d: Killed \(see .*/jobs/\d+_0_log.err\)", found["teach"]["note"]), found["teach"]
+    assert found["learn"]["state"] == "failed"
+    assert re.search(r"rank 1 on n\d: Killed \(see .*/jobs/\d+_0_log.err\)", found["learn"]["note"]), found["learn"]
     wait_until(lambda: status(chain.run_dir)["report"]["state"] == "cancelled", "the cancelled rest", 30)
-    assert "Killed" in flearn("logs", str(chain.run_dir), "teach").stdout
+    logs = flearn("logs", str(chain.run_dir), "learn").stdout
+    assert "flearn: attempt 1 on n[1-2]" in logs and "Killed" in logs
     chain.submit()
     chain.ends_as_undisturbed()
 
 
-def test_a_killed_part_of_an_array_alone_is_done_again(here: dict[int, Path], tmp_path: Path) -> None:
-    for made in here[2].glob("*-*/"):
-        if made.name.split("-")[0] in ("facts", "model", "teach", "tune_old"):
-            shutil.copytree(made, tmp_path / "quickstart" / made.name)
+@pytest.mark.parametrize("without", ["permission", "scontrol"])
+def test_a_job_that_cannot_come_back_says_so_and_the_same_command_goes_on(
+    disturb: Callable[..., Disturbed], without: str, tmp_path: Path
+) -> None:
+    """Its step is kept; but SLURM refuses to queue the job again, or there is no scontrol where it runs, as in most containers."""
+    if without == "permission":
+        chain, said = disturb(), "could not be queued again: run the same command again (Requested operation is presently disabled"
+        slurm("scontrol", "update", f"jobid={chain.job}", "requeue=0")
+    else:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/srun").symlink_to(str(shutil.which("srun")))
+        chain = disturb(f"setup: ['export PATH={tmp_path}/bin']")
+        said = "there is no scontrol in this container: run the same command again"
+    os.kill(chain.pid(SLURM_PROCID="1"), signal.SIGUSR2)
+    wait_until(lambda: chain.state() == "FAILED", "the end of the job", 60)
+    found = status(chain.run_dir)["learn"]
+    assert found["state"] == "failed" and said in found["note"], found
+    steps = num_steps(chain.runs)
+    chain.submit()
+    chain.ends_as_undisturbed()
+    assert f"resuming after step {steps}" in flearn("logs", str(chain.run_dir), "learn").stdout
+
+
+def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(here: dict[int, Path], tmp_path: Path) -> None:
+    """The warned part comes back by itself; the killed one, alone, is done again by the same command."""
+    run_dir = tmp_path / "quickstart"
+    copy_before("forget", here[2], run_dir)
     overrides = [*ZERO[2], "cluster.forget_parts=3"]
-    run_dir = run(tmp_path, "slurm", *overrides)
-    (forget,) = (id for id in status(run_dir) if id.startswith("forget-"))
-    job = json.loads((run_dir / "jobs.json").read_text())[forget]
-    victim = wait_until(lambda: find_process({f"SLURM_ARRAY_JOB_ID={job}".encode(), b"SLURM_ARRAY_TASK_ID=1"}), "the second part")
-    os.kill(victim, signal.SIGKILL)
-    wait_until(lambda: status(run_dir)["forget"]["state"] == "failed", "its failure", 60)
+    run(tmp_path, "slurm", *overrides)
+    forget, job = next((step, job) for step, job in json.loads((run_dir / "jobs.json").read_text()).items() if step.startswith("forget-"))
+
+    def part(index: int) -> int:
+        return find_process({f"SLURM_ARRAY_JOB_ID={job}".encode(), f"SLURM_ARRAY_TASK_ID={index}".encode()})
+
+    os.kill(wait_until(lambda: part(1), "the second part"), signal.SIGKILL)
+    warned = wait_until(lambda: is_listening(part(2)) and part(2), "the third part")
+    os.kill(warned, signal.SIGUSR2)
+    wait_until(lambda: status(run_dir)["forget"]["state"] == "failed", "the end of all parts", 60)
     assert "Killed" in status(run_dir)["forget"]["note"]
+    assert "Restarts=1" in slurm("scontrol", "show", "job", f"{job}_2")
+    assert sorted(path.name for path in (run_dir / forget).glob("part-*")) == ["part-1-of-3.json", "part-3-of-3.json"]
     run(tmp_path, "slurm", *overrides)
     again = json.loads((run_dir / "jobs.json").read_text())[forget]
     assert again != job
-    wait_until(lambda: (run_dir / forget / "manifest.json").exists(), "the end of forget")
+    wait_until(lambda: (run_dir / "results.json").exists(), f"the end: {status_text(run_dir)}")
+    assert figures(run_dir) == figures(here[2])
     assert digests(run_dir) == digests(here[2])
     assert slurm("sacct", "--noheader", "--allocations", "--format=JobID", f"--jobs={again}").split() == [again]
-    assert flearn("cancel", str(run_dir)).returncode == 0
-    wait_until(lambda: not in_queue(run_dir), "the end of the chain")
+
+
+def is_listening(pid: int) -> bool:
+    """Whether a job's process hears signals, and is not yet at work: it imports torch after the first, which takes seconds."""
+    return pid != 0 and "libtorch" in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_a_failing_stage_says_why_and_the_later_ones_are_cancelled(tmp_path: Path) -> None:
@@ -360,8 +402,8 @@ class TestSingleAllocation:
 
     @pytest.fixture
     def job(self, command: Path, here: dict[int, Path], tmp_path: Path) -> str:
-        """Its number, once its `teach` is at work."""
-        (tmp_path / "quickstart").mkdir()
+        """Its number, once its `learn` is at work."""
+        copy_before("learn", here[2], tmp_path / "quickstart")
         options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--signal=USR2@120", f"--output={tmp_path}/log"]
         script = [str(ROOT / "slurm/single_allocation.sh"), "configs/quickstart.yaml", *settings(tmp_path, *ZERO[2])]
         env = os.environ | {"PATH": f"{command}:{os.environ['PATH']}"}
