@@ -49,7 +49,7 @@ wait_for() { # NAME COMMAND...: until it succeeds, 30 s at most
 }
 
 is_alive() { # PIDFILE COMMAND: the process is there, no zombie (a container's init may not reap it), nor another with its number
-    [ -f "$1" ] && [[ $(cat "/proc/$(cat "$1")/stat" 2>/dev/null) == *"($2"*") "[!ZX]" "* ]]
+    [[ $(cat "/proc/$(cat "$1" 2>/dev/null)/stat" 2>/dev/null) == *"($2"*") "[!ZX]" "* ]]
 }
 
 need() {
@@ -180,7 +180,7 @@ start() {
 end() { # PIDFILE COMMAND: SIGTERM, and SIGKILL after 10 s
     local pid i
     is_alive "$1" "$2" || { rm -f "$1"; return 0; }
-    pid=$(cat "$1")
+    pid=$(cat "$1" 2>/dev/null) || return 0 # it has just ended by itself
     kill "$pid" 2>/dev/null || true
     for ((i = 0; i < 100; i++)); do
         is_alive "$1" "$2" || break
