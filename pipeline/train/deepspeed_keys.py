@@ -110,7 +110,7 @@ def _keep(key: str, value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         if value is not None and not (_FREE[name] == "switch" and value == "auto"):  # DeepSpeed's own default then holds
             _require_kind(name, value)
             yield key, value
-    elif any(free.startswith(f"{name}.") for free in _FREE):
+    elif value is not None and any(free.startswith(f"{name}.") for free in _FREE):
         if not isinstance(value, dict):
             raise InputError(f"deepspeed.{name}: expected an object, not {value!r}")
         yield key, _kept(value, f"{name}.")

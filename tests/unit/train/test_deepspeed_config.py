@@ -233,6 +233,8 @@ def test_what_says_nothing_is_fine_and_does_not_reach_deepspeed() -> None:
         "gradient_predivide_factor": 1.0,
         "data_types": {"grad_accum_dtype": None},
         "tensor_parallel": {},
+        "wandb": None,
+        "checkpoint": None,
     }
     zero = {"stage": 3, "offload_param": {"device": "none", "pin_memory": True}, "cpu_offload": False, "zero_hpz_partition_size": 1}
     made = ready({"zero_optimization": zero, **nothing}, precision="fp32")
