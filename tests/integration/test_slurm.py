@@ -120,7 +120,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory, command: Path) -> dict[int, Path]:
-    """The whole run by `sbatch slurm/flearn_llama7b.sh`, with ZeRO-2 and ZeRO-3 side by side; forgetting in three parts."""
+    """The whole run by `sbatch slurm/flearn_llama7b.sh`, with ZeRO-2 and, side by side, ZeRO-3; each forgetting in three parts."""
     os.environ["PATH"] = f"{command}:{os.environ['PATH']}"
     found = {}
     for stage, deepspeed in ZERO.items():
@@ -206,6 +206,11 @@ class Disturbed:
         wanted = {f"{name}={value}".encode() for name, value in {"SLURM_JOB_ID": self.job, **variables}.items()}
         return find_process(wanted)
 
+    def freeze(self) -> None:
+        """Hold all ranks until SLURM's warning wakes them: the training must not end before SLURM gets to it."""
+        for rank in (0, 1):
+            os.kill(self.pid(SLURM_PROCID=str(rank)), signal.SIGSTOP)
+
     def state(self) -> str:
         return slurm("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self.job}").strip()
 
@@ -250,6 +255,7 @@ def test_requeued_by_an_operator(disturb: Callable[..., Disturbed]) -> None:
 
 def test_preempted_by_a_job_of_higher_priority(disturb: Callable[..., Disturbed]) -> None:
     chain = disturb("partition: low")
+    chain.freeze()
     slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     chain.ends_as_undisturbed()
     assert chain.num_requeues() == 1
@@ -257,8 +263,7 @@ def test_preempted_by_a_job_of_higher_priority(disturb: Callable[..., Disturbed]
 
 def test_time_limit(disturb: Callable[..., Disturbed]) -> None:
     chain = disturb()
-    for rank in (0, 1):  # SLURM looks at limits twice a minute: the training must not end before. Its warning wakes them.
-        os.kill(chain.pid(SLURM_PROCID=str(rank)), signal.SIGSTOP)
+    chain.freeze()
     slurm("scontrol", "update", f"jobid={chain.job}", "timelimit=2")  # the job wants to hear of it two minutes before
     wait_until(lambda: chain.num_requeues() == 1, "its requeue")
     chain.ends_as_undisturbed()
