@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,47 +116,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-_SMALL_FILE_BYTES = 8 << 20
-_PAGE_BYTES = 4096
-_STRIDE_BYTES = 1 << 20
-_PAGES_AT_ONCE = 64
-_NUM_READERS = 16
-"""Many, because a shared folder takes a millisecond to answer each."""
-
-
-def content_digest(path: Path) -> str:
-    """A digest of a file's or a folder's content, wherever it lies.
-
-    Files up to 8 MiB are read whole; of larger ones (model weights) the size and the first 4 KiB of every MiB, and the
-    last, so that planning a 7B experiment reads megabytes, not gigabytes.
-    """
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
-    with ThreadPoolExecutor(_NUM_READERS) as readers:
-        for file in files:
-            size = file.stat().st_size
-            digest.update(f"{'' if file == path else file.relative_to(path)}\0{size}\0".encode())
-            if size <= _SMALL_FILE_BYTES:
-                digest.update(file.read_bytes())
-            else:
-                _sample(file, size, digest, readers)
-    return digest.hexdigest()[:16]
-
-
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
-def _sample(file: Path, size: int, digest: Any, readers: Executor) -> None:
-    offsets = [*range(0, size - _PAGE_BYTES, _STRIDE_BYTES), size - _PAGE_BYTES]
-    with file.open("rb", buffering=0) as stream:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: it would read the file whole
-
-        def read(some: list[int]) -> bytes:
-            return b"".join(os.pread(stream.fileno(), _PAGE_BYTES, offset) for offset in some)
-
-        for pages in readers.map(read, [offsets[i : i + _PAGES_AT_ONCE] for i in range(0, len(offsets), _PAGES_AT_ONCE)]):
-            digest.update(pages)

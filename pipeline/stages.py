@@ -21,6 +21,7 @@ from pipeline.settings import Section
 from pipeline.train import target_modules
 from pipeline.train.batches import Shape
 from pipeline.train.deepspeed_config import make_ready
+from pipeline.weights.digest import content_digest
 
 
 class Stage(NamedTuple):
@@ -182,7 +183,7 @@ def _digest(path: str, field_name: str) -> str:
     """A local file's content; a hub id stands for itself."""
     local = Path(path)
     if local.exists():
-        return artifact.content_digest(local)
+        return content_digest(local)
     if local.is_absolute():
         raise InputError(f"{field_name}: no such file or folder: {path}")
     if path.count("/") != 1:

@@ -105,9 +105,9 @@ def _measure(base: Array, delta: Array, stored: Array, rounded_to: np.dtype[Any]
 
 
 def _dot(one: Array, two: Array) -> float:
-    """The inner product of float32 arrays, to about 7 digits; all in float64 where float32 has no room for the products."""
+    """The inner product of float32 arrays, to about 6 digits; all in float64 where float32 has no room for the products."""
     product = _dot_by_rows(one, two)
-    if _SMALLEST < abs(product) < _LARGEST:
+    if _SMALLEST < abs(product) < _LARGEST or not (one.any() and two.any()):
         return product
     return _dot_by_rows(one.astype(np.float64), two.astype(np.float64))
 

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -68,7 +68,8 @@ class Journal:
             raise InputError(f"{self._folder}: damaged; {_ADVICE}")
         else:
             self._require_same(begun, recipe, "holds an unfinished result")
-        sweep(self.out)
+        with suppress(OSError):  # a finished result may be another user's, and read-only
+            sweep(self.out)
         return manifest
 
     def _begin(self, recipe: dict[str, Any], strangers: list[str]) -> None:
@@ -91,7 +92,7 @@ class Journal:
     def _require_same(self, found: dict[str, Any], recipe: dict[str, Any], state: str) -> None:
         differing = [key for key in sorted({*found, *recipe}) if _identity(found.get(key)) != _identity(recipe.get(key))]
         if differing:
-            said = ", ".join(f"{key} {_short(found.get(key))} instead of {_short(recipe.get(key))}" for key in differing)
+            said = ", ".join(_difference(key, found.get(key), recipe.get(key)) for key in differing)
             raise InputError(f"{self.out}: {state} of another recipe ({said}); {_ADVICE}")
 
     def receipt(self, shard: Shard) -> dict[str, Any] | None:
@@ -145,8 +146,9 @@ def _identity(value: Any) -> Any:
     return {key: item for key, item in value.items() if key != "path"} if isinstance(value, dict) else value
 
 
-def _short(value: Any) -> str:
-    return str(value.get("path", value)) if isinstance(value, dict) else str(value)
+def _difference(key: str, found: Any, wanted: Any) -> str:
+    there, here = (value.get("path", value) if isinstance(value, dict) else value for value in (found, wanted))
+    return f"{key} {there} instead of {here}" if there != here else f"{key} {there} with other contents"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

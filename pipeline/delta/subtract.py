@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pipeline.artifact import content_digest, write_json
+from pipeline.artifact import write_json
 from pipeline.delta import diagnostics
 from pipeline.delta.arithmetic import Formula, Rounding, is_scale
 from pipeline.delta.disk import Io, OutputFile
@@ -24,6 +24,7 @@ from pipeline.delta.plan import Plan, make_plan
 from pipeline.delta.stream import Stream
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
+from pipeline.weights.digest import content_digest
 from pipeline.weights.open import open_source
 from pipeline.weights.safetensors import INDEX
 from pipeline.weights.shard import index_of, parse_size
@@ -32,8 +33,8 @@ from pipeline.weights.writer import copy_extras, find_extras, main_dtype, requir
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes to write in all."""
 
-ARITHMETIC_VERSION = 2
-"""Part of the recipe: to be raised whenever the same inputs would give other bytes."""
+ARITHMETIC_VERSION = 3
+"""Part of the recipe: to be raised whenever the same inputs would give other bytes, or another digest."""
 
 
 class Outcome(NamedTuple):

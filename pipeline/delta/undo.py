@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import content_digest
 from pipeline.delta.disk import Io
 from pipeline.delta.journal import Journal
 from pipeline.delta.subtract import Outcome, Progress, subtract
 from pipeline.errors import InputError
 from pipeline.weights.adapter_config import FILE_NAME
+from pipeline.weights.digest import content_digest
 
 MOST_AMPLIFIED = 16.0
 """Up to how many times the rounding errors of theta' may grow: near scale -1, theta' is the tuned model and hardly holds the base."""

@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.artifact import content_digest
 from pipeline.delta.arithmetic import Formula
 from pipeline.delta.check import check_files, check_shards
 from pipeline.delta.disk import Io
@@ -17,6 +16,7 @@ from pipeline.delta.plan import Plan, make_plan
 from pipeline.delta.stream import Receipt, Stream
 from pipeline.delta.subtract import Progress
 from pipeline.errors import InputError
+from pipeline.weights.digest import content_digest
 from pipeline.weights.open import open_source
 from pipeline.weights.safetensors import SafetensorsSource
 from pipeline.weights.shard import parse_size

@@ -173,7 +173,7 @@ def _is_blob(path: Path) -> bool:
 def copy_extras(source: Path, folder: Path, dtype: str) -> None:
     """Copy what belongs to a model besides its weights; `config.json`, last, says that they are `dtype`."""
     for path in find_extras(source):
-        if path.name == "config.json":
+        if path == source / "config.json":
             write_json(folder / path.name, _with_dtype(path, dtype))
         else:
             _copy(path, folder / path.relative_to(source))

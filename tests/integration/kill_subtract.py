@@ -2,7 +2,8 @@
 
 Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [1, 1]}' OUT CALL WHEN [OUT CALL WHEN ...]
 CALL is a number among the system calls that change a file (0: the trial lives), or among those of a name, as in `pwrite:3`.
-The trial dies by SIGKILL before, after, or within that call: within a pwrite, when half of the bytes are written. Or late: a
+The trial dies by SIGKILL before, after, or within that call: within a pwrite, or the fsync of a file, when half of the bytes are
+written. Or late: a
 twentieth of a second before it, in which the other threads go on. It prints a JSON line: how it ended, and the calls it made.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -24,6 +26,8 @@ from pipeline.delta.subtract import subtract
 CHANGING = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir", "pwrite", "write", "posix_fallocate", "ftruncate")
 
 chunks.CHUNK_BYTES = 1 << 16
+
+_truncate = os.ftruncate
 
 
 class Killer:
@@ -51,6 +55,8 @@ class Killer:
             if is_last and self._when == "within" and name == "pwrite":
                 descriptor, data, offset = arguments
                 arguments = (descriptor, data[: len(data) // 2], offset)
+            if is_last and self._when == "within" and name == "fsync":
+                _halve(arguments[0])
             try:
                 return function(*arguments, **options)
             finally:
@@ -58,6 +64,13 @@ class Killer:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         return counted
+
+
+def _halve(descriptor: int) -> None:
+    """Leave half of a file that has not reached the disk."""
+    state = os.fstat(descriptor)
+    if stat.S_ISREG(state.st_mode):
+        _truncate(descriptor, state.st_size // 2)
 
 
 def trial(arguments: dict[str, Any], out: Path, at: str, when: str) -> None:

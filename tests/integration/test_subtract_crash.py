@@ -94,11 +94,11 @@ def start(folder: Path, out: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def test_killed_at_every_call_that_changes_a_file(models: Path) -> None:
-    """Also between the writing of a journal's entry and its renaming, and within the writing of weights."""
+    """Also between the writing of a journal's entry and its renaming, and within the writing of either."""
     right = contents(models / "right")
     (whole,) = run_trials(models, [("count", "0", "after")])
     assert {"replace", "rename", "fsync", "pwrite", "posix_fallocate", "mkdir", "unlink"} <= set(whole["calls"])
-    moments = [(call, "within" if name == "pwrite" else "after") for call, name in enumerate(whole["calls"], start=1)]
+    moments = [(call, "within" if name in ("pwrite", "fsync") else "after") for call, name in enumerate(whole["calls"], start=1)]
     trials = [trial for call, when in moments for trial in ((f"{call}", f"{call}", when), (f"{call}", "0", "after"))]
     ends = run_trials(models, trials)
     killed, resumed = ends[::2], ends[1::2]

@@ -41,9 +41,9 @@ def test_layers_have_the_norms_of_their_blocks_and_matrices(tmp_path: Path) -> N
         for block, matrix in (("attention", "self_attn.q_proj"), ("mlp", "mlp.up_proj")):
             name = f"{prefix}.{matrix}.weight"
             norms[block] = torch.linalg.norm(after[name].double() - before[name].double()).item()
-            assert row["matrices"][matrix] == pytest.approx(norms[block], rel=1e-5)
-            assert row[block]["delta_norm"] == pytest.approx(norms[block], rel=1e-5)
-            assert row[block]["relative_norm"] == pytest.approx(norms[block] / torch.linalg.norm(before[name].double()).item(), rel=1e-5)
+            assert row["matrices"][matrix] == pytest.approx(norms[block], rel=1e-4)
+            assert row[block]["delta_norm"] == pytest.approx(norms[block], rel=1e-4)
+            assert row[block]["relative_norm"] == pytest.approx(norms[block] / torch.linalg.norm(before[name].double()).item(), rel=1e-4)
         assert row["other"]["num_elements"] == 33
 
 
@@ -53,7 +53,7 @@ def test_every_tensor_has_its_own_survival(tmp_path: Path) -> None:
     made, before = load(tmp_path / "out"), load(base)
     for name, tensor in tensors.items():
         changed = (made[name] != before[name]).double().mean().item()
-        assert tensor["survival"]["share_changed"] == pytest.approx(changed, rel=1e-6)
+        assert tensor["survival"]["share_changed"] == pytest.approx(changed, rel=1e-4)
 
 
 def test_a_change_that_16_bits_swallow_is_warned_of(tmp_path: Path) -> None:

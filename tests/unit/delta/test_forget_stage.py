@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,16 +63,22 @@ def whole(out: Path) -> dict[Path, int]:
 def test_a_warning_in_the_middle_loses_no_shard_that_is_done(inputs: dict[str, Artifact], context: Context, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
+    is_over = threading.Event()
+
     def warn() -> None:
-        while not whole(out):
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGUSR2)
+        while not whole(out) and not is_over.wait(0.001):
+            pass
+        if not is_over.is_set():
+            os.kill(os.getpid(), signal.SIGUSR2)
 
     warning = threading.Thread(target=warn)
     warning.start()
-    with pytest.raises(Preempted, match="the shards that are done are kept"):
-        run(inputs, out, context)
-    warning.join()
+    try:
+        with pytest.raises(Preempted, match="the shards that are done are kept"):
+            run(inputs, out, context)
+    finally:
+        is_over.set()
+        warning.join()
     before = whole(out)
     assert 0 < len(before) < NUM_LAYERS
     assert not (out / "model/manifest.json").exists()

@@ -240,6 +240,14 @@ def test_config_and_tokenizer_come_along(source: TensorSource, tmp_path: Path) -
     assert (tmp_path / "out" / "spiece.model").read_text() == "spiece.model"
 
 
+def test_a_link_out_of_the_folder_is_refused_before_anything_is_written(source: TensorSource, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir(exist_ok=True)
+    (tmp_path / "in/tokenizer.json").symlink_to("/etc/passwd")
+    with pytest.raises(InputError, match=r"tokenizer\.json: is a link out of the model's folder"):
+        write_model(source, tmp_path / "out", "bfloat16", "1GB", tmp_path / "in")
+    assert not (tmp_path / "out").exists()
+
+
 def test_transformers_loads_what_was_written(tiny_model: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
