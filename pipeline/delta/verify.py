@@ -55,6 +55,9 @@ def verify(out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress
 
 def _verify_unfinished(journal: Journal, io: Io) -> Verdict:
     if journal.recipe is None:
+        inside = journal.out / "model"  # where a run's `forget` stage has it
+        if Journal(inside).manifest is not None:
+            raise InputError(f"{journal.out}: holds no result itself; verify {inside}")
         raise InputError(
             f"{journal.out}: holds no result of `flearn delta subtract` (its manifest.json is absent, damaged or another program's)"
         )
