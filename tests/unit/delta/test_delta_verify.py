@@ -204,5 +204,5 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
 def test_a_forget_stages_folder_is_told_from_its_result(out: Path, tmp_path: Path) -> None:
     (tmp_path / "forget-1").mkdir()
     out.rename(tmp_path / "forget-1/model")
-    with pytest.raises(InputError, match="verify .*forget-1/model"):
+    with pytest.raises(InputError, match=r"verify .*forget-1/model"):
         verify(tmp_path / "forget-1")
