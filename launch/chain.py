@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from launch import place, scheduler
 from launch.job import StageJob
+from launch.outcome import ERRORS
 from launch.run import PLAN, exclusive
 from launch.site import Site, load_site
 from pipeline import config, stages
@@ -125,6 +126,8 @@ class _Chain:
 
     def _submit(self, step: Step) -> str:
         executor = self.executor(step)
+        for error in self.plan.artifact(step).folder.glob(ERRORS):
+            error.unlink(missing_ok=True)  # of an earlier job
         with own_environment(), refusals(step.id), executor.batch():
             jobs = [executor.submit(call) for call in self.calls(step)]
         return str(jobs[0].job_id).split("_")[0]

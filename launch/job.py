@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch import scheduler
-from launch.outcome import ERROR, STOPPED
+from launch.outcome import STOPPED, error_file, note_error
 from launch.run import read_plan
-from pipeline.artifact import write_json
 from pipeline.stages import Plan
 
 
@@ -38,7 +37,7 @@ class StageJob:
         if context.is_main and code == 0:
             _publish(plan, self.step)
         if context.is_main and code == STOPPED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-            come_back(plan, self.step)
+            come_back(plan, self.step, self.part)
         worker.leave(code, context)
 
 
@@ -79,7 +78,7 @@ def _port(job_id: str, num_tasks: int) -> int:
     return 20000 + int("".join(filter(str.isdigit, job_id))) % 12000
 
 
-def come_back(plan: Plan, step: str) -> None:
+def come_back(plan: Plan, step: str, part: tuple[int, int] | None) -> None:
     """Ask SLURM for another turn under the same job id, whatever signal it was that stopped us: time limit or preemption.
 
     The other ranks wait for this, or their exit would be taken for the job's end. Where it cannot be had, the step has failed:
@@ -90,4 +89,4 @@ def come_back(plan: Plan, step: str) -> None:
         print(f"flearn: {problem}", file=sys.stderr, flush=True)
         folder = plan.artifact(plan.steps[step]).folder
         folder.mkdir(exist_ok=True)
-        write_json(folder / ERROR, {"rank": 0, "message": problem, "log": "rank0.log"})
+        note_error(error_file(folder, part), 0, problem)

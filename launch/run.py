@@ -118,7 +118,7 @@ def _run_as_rank(plan: Plan) -> int:
             report.publish(plan)
             report.show(plan)
         if is_main and code == STOPPED and ALLOCATION in os.environ:
-            job.come_back(plan, next(plan.pending()).id)
+            job.come_back(plan, next(plan.pending()).id, None)
         worker.leave(code, context)
 
 

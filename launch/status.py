@@ -9,18 +9,20 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from launch import scheduler
 from launch.chain import ATTEMPT, job_files, read_jobs
-from launch.outcome import ERROR
+from launch.outcome import ERRORS
 from launch.run import LOCK, read_plan
 from launch.scheduler import JobState
 from pipeline.errors import InputError
 from pipeline.stages import Plan, Step
 
 Row = dict[str, Any]
+_SRUN = re.compile(r"^srun: error: (\S+): tasks? (\S+): (.*)$", flags=re.MULTILINE)
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
 
@@ -119,7 +121,7 @@ def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
 
     A rank that died without a word (killed, out of memory) is known to SLURM alone: its peers blame the connection.
     """
-    problem = _read(folder / ERROR)
+    problem = _problem(folder, stderr)
     state = job.state if job is not None and job.state not in ("COMPLETED", "FAILED") else None
     killed, log = _first_killed(stderr) if job is not None and job.state != "COMPLETED" else (None, None)
     said = [text for text in (state, killed or (problem and problem["message"])) if text]
@@ -127,7 +129,26 @@ def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
         return f"{': '.join(said)} (see {folder / problem['log']})"
     if job is None or job.state == "COMPLETED":
         return None
-    return f"{': '.join(said) or job.state} (see {log or (stderr[0] if stderr else 'scontrol show job')})"
+    failed = [path for path in stderr if _SRUN.search(_last_attempt(path)[1])]
+    return f"{': '.join(said) or job.state} (see {log or next(iter([*failed, *stderr]), 'scontrol show job')})"
+
+
+def _problem(folder: Path, stderr: list[Path]) -> Any:
+    """What the step, or one of its parts, said of its failure, if that was in the last attempt."""
+    attempts = min((_last_attempt(log)[0] for log in stderr), default=1)
+    for path in sorted(folder.glob(ERRORS)):
+        with suppress(FileNotFoundError):  # whoever begins again takes it away
+            problem = json.loads(path.read_text(encoding="utf-8"))
+            if problem["attempt"] >= attempts:
+                return problem
+    return None
+
+
+def _last_attempt(log: Path) -> tuple[int, str]:
+    """Its number, and what srun said in it."""
+    _, mark, text = log.read_text(encoding="utf-8", errors="replace").rpartition(ATTEMPT)
+    number = re.match(r"\d+", text) if mark else None
+    return int(number[0]) if number else 1, text
 
 
 def _first_killed(stderr: list[Path]) -> tuple[str, Path] | tuple[None, None]:
@@ -136,18 +157,10 @@ def _first_killed(stderr: list[Path]) -> tuple[str, Path] | tuple[None, None]:
     srun writes where a job's first task does; an array has a file for each of its tasks.
     """
     for log in stderr:
-        text = log.read_text(encoding="utf-8", errors="replace").rpartition(ATTEMPT)[2]
-        match = re.search(r"^srun: error: (\S+): tasks? (\S+): (.*)$", text, flags=re.MULTILINE)
+        match = _SRUN.search(_last_attempt(log)[1])
         if match is not None and not match[3].startswith("Exited with exit code"):
             return f"rank {match[2]} on {match[1]}: {match[3]}", log
     return None, None
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
 
 
 def is_alive(run_dir: Path) -> bool:

@@ -16,9 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, NoReturn
 
-from launch.outcome import ERROR, FAILED, MISTAKE, STOPPED
+from launch.outcome import FAILED, MISTAKE, STOPPED, error_file, note_error
 from launch.run import LOCK, lock, read_plan
-from pipeline.artifact import write_json
 from pipeline.context import Context, Preempted, device_for, log
 from pipeline.errors import InputError, full_disk_message
 from pipeline.run import run_step
@@ -80,25 +79,26 @@ def run_all(plan: Plan, ids: list[str], context: Context) -> int:
 
 
 def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
-    """Run one step, with the log of this rank in the step's folder; an error leaves error.json there for `flearn status`."""
+    """Run one step, with the log of this rank in the step's folder; an error leaves a file there for `flearn status`."""
     folder = plan.artifact(step).folder
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank{context.rank}.log", encoding="utf-8")
     _log_to(handler, context)
     log.info("%s %s %s", number, step.id, ", ".join(step.methods))
+    said = error_file(folder, context.part)
     if context.is_main:
-        (folder / ERROR).unlink(missing_ok=True)
+        said.unlink(missing_ok=True)
     try:
         with _alone(folder, context):
             run_step(plan, step, context)
             if context.is_main:
-                (folder / ERROR).unlink(missing_ok=True)  # of another job that found the step taken
+                said.unlink(missing_ok=True)  # of another job that found the step taken
         return 0
     except Preempted as stopped:
         log.info("%s", stopped)
         return STOPPED
     except Exception as error:
-        return _report(error, folder, context)
+        return _report(error, said, context)
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
@@ -141,7 +141,7 @@ def _log_to(handler: logging.Handler, context: Context) -> None:
     root.addHandler(handler)
 
 
-def _report(error: Exception, folder: Path, context: Context) -> int:
+def _report(error: Exception, path: Path, context: Context) -> int:
     """Say what went wrong: one line for a mistake or a full disk, a traceback for a failure."""
     mistake = str(error) if isinstance(error, InputError) else full_disk_message(error)
     if mistake is not None:
@@ -149,9 +149,9 @@ def _report(error: Exception, folder: Path, context: Context) -> int:
     else:
         log.error("%s", traceback.format_exc())
     message = mistake or f"{type(error).__name__}: {error}"
-    if not (folder / ERROR).exists():  # the first to fail is the cause; its peers then lose their connections
+    if not path.exists():  # the first to fail is the cause; its peers then lose their connections
         with contextlib.suppress(OSError):  # on a full disk the line above has to do
-            write_json(folder / ERROR, {"rank": context.rank, "message": message, "log": f"rank{context.rank}.log"})
+            note_error(path, context.rank, message)
     return FAILED if mistake is None else MISTAKE
 
 

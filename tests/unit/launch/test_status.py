@@ -81,7 +81,7 @@ def rows(plan: Plan, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]
 
 
 STEPS = '{"step": 1, "loss": 7.5}\n{"step": 2, "loss": 3.25}\n'
-ERROR = {"rank": 1, "message": "the loss of step 3 is nan: lower lr, or set max_grad_norm", "log": "rank1.log"}
+ERROR = {"rank": 1, "message": "the loss of step 3 is nan: lower lr, or set max_grad_norm", "log": "rank1.log", "attempt": 1}
 NEVER = "an input failed: it will never start; run again, or flearn cancel"
 
 
@@ -121,13 +121,20 @@ def test_a_killed_rank_is_the_culprit_not_its_peer(recorded: Recorded, teach: Ca
     """Its peer lost the connection, and says so; in the attempt before, SLURM itself ended the ranks."""
     recorded.add("squeue", f"{JOB}|FAILED|NonZeroExitCode\n")
     log = f"{JOB}_0_log.err"
-    peer = ERROR | {"rank": 0, "message": "RuntimeError: Connection closed by peer"}
+    peer = ERROR | {"rank": 0, "attempt": 2, "message": "RuntimeError: Connection closed by peer"}
     assert teach({"error.json": peer}, {log: TWICE}) == ("failed", f"rank 1 on n2: Killed (see jobs/{log})")
 
 
 def test_a_rank_that_had_words_of_its_own_is_quoted(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
     recorded.add("squeue", f"{JOB}|FAILED|NonZeroExitCode\n")
-    assert teach({"error.json": ERROR}, {f"{JOB}_0_log.err": EXITED}) == ("failed", f"{ERROR['message']} (see teach/rank1.log)")
+    said = {"error.json": ERROR | {"attempt": 2}}
+    assert teach(said, {f"{JOB}_0_log.err": EXITED}) == ("failed", f"{ERROR['message']} (see teach/rank1.log)")
+
+
+def test_what_an_attempt_before_said_is_not_quoted(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
+    recorded.add("squeue", f"{JOB}|FAILED|NonZeroExitCode\n")
+    log = f"{JOB}_0_log.err"
+    assert teach({"error.json": ERROR}, {log: EXITED}) == ("failed", f"FAILED (see jobs/{log})")
 
 
 def test_of_an_array_the_part_that_was_killed(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
@@ -135,6 +142,14 @@ def test_of_an_array_the_part_that_was_killed(recorded: Recorded, teach: Callabl
     quiet, killed = f"{ATTEMPT}1 on n1\n", f"{ATTEMPT}1 on n1\nsrun: error: n1: task 0: Killed\n"
     logs = {f"{JOB}_0_0_log.err": quiet, f"{JOB}_1_0_log.err": killed, f"{JOB}_2_0_log.err": quiet}
     assert teach({"part-1-of-3.json": {}}, logs) == ("failed", f"rank 0 on n1: Killed (see jobs/{JOB}_1_0_log.err)")
+
+
+def test_of_an_array_the_part_that_had_words_of_its_own(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
+    recorded.add("squeue", f"{JOB}|COMPLETED|None\n{JOB}|FAILED|NonZeroExitCode\n")
+    failed = f"{ATTEMPT}1 on n1\nsrun: error: n1: task 0: Exited with exit code 2\n"
+    logs = {f"{JOB}_0_0_log.err": f"{ATTEMPT}1 on n1\n", f"{JOB}_1_0_log.err": failed}
+    assert teach({"error-part-2.json": ERROR}, logs) == ("failed", f"{ERROR['message']} (see teach/rank1.log)")
+    assert teach({"error-part-2.json": ERROR | {"attempt": 0}}, logs) == ("failed", f"FAILED (see jobs/{JOB}_1_0_log.err)")
 
 
 def test_a_job_that_slurm_has_forgotten_is_asked_of_the_accounting(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
