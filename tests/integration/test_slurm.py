@@ -38,7 +38,8 @@ SMALL = [
     "cluster.nodes=2",
 ]
 ZERO = {stage: [f"{name}.deepspeed=configs/deepspeed/zero{stage}.json" for name in ("teach", "full", "lora")] for stage in (2, 3)}
-ZERO[3] += ["methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]", "lora.epochs=20"]  # one of the two has all methods
+# One of the two has all methods, and nothing that has to be long.
+ZERO[3] += ["methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]", "teach.epochs=30", "full.epochs=20", "lora.epochs=20"]
 
 
 def settings(runs: Path, *overrides: str) -> list[str]:
