@@ -65,17 +65,21 @@ def _drop_unused(config: dict[str, Any]) -> Iterator[str]:
     """Take out what is decided elsewhere; warnings for those who thought it would be used."""
     if config.pop("scheduler", None) is not None:
         yield "deepspeed.scheduler is not used: schedule and warmup_ratio decide the learning rate"
-    section = config.pop("activation_checkpointing", None)
-    if isinstance(section, dict) and any(section.values()):
+    section = config.pop("activation_checkpointing", {})
+    if not isinstance(section, dict):
+        raise InputError(f"deepspeed.activation_checkpointing: expected an object, not {section!r}")
+    if any(section.values()):
         yield "deepspeed.activation_checkpointing is not used: gradient_checkpointing decides what is kept for the backward pass"
 
 
 def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
     """Remove the optimizer's section and keep what it says. We build torch's AdamW ourselves: DeepSpeed's need a compiler."""
     section = config.pop("optimizer", {})
-    if not isinstance(section, dict) or not isinstance(section.get("params", {}), dict):
+    if isinstance(section, dict):  # null says nothing
+        section = {"type": "AdamW", "params": {}} | {name: value for name, value in section.items() if value is not None}
+    if not isinstance(section, dict) or not isinstance(section["params"], dict):
         raise InputError(f"deepspeed.optimizer: expected an object with type and params, not {section!r}")
-    kind, settings = str(section.get("type", "AdamW")), dict(section.get("params", {}))
+    kind, settings = str(section["type"]), {name: value for name, value in section["params"].items() if value is not None}
     if kind.lower() not in ("adam", "adamw") or not settings.pop("adam_w_mode", True):
         raise InputError(f"deepspeed.optimizer.type: AdamW is what is supported, not {kind}")
     for name in ("lr", "weight_decay"):

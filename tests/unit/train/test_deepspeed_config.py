@@ -11,7 +11,7 @@ import pytest
 from pipeline.config import Training
 from pipeline.errors import InputError
 from pipeline.train.batches import Shape
-from pipeline.train.deepspeed_config import Ready, make_ready
+from pipeline.train.deepspeed_config import Adam, Ready, make_ready
 
 ROOT = Path(__file__).parents[3]
 
@@ -185,6 +185,8 @@ def test_other_contradictions_are_refused_by_name(config: dict[str, Any], named:
         ({"checkpoint": {"tag_validation": "loud"}}, "checkpoint.tag_validation"),
         ({"checkpoint": {"tag_validation": False}}, "checkpoint.tag_validation"),
         ({"tensorboard": True}, "tensorboard"),
+        ({"activation_checkpointing": True}, "activation_checkpointing"),
+        ({"optimizer": {"type": "AdamW", "params": []}}, "optimizer"),
         ({"tensorboard": {"enabled": "yes"}}, "tensorboard.enabled"),
         ({"csv_monitor": {"enabled": True, "output_path": 7}}, "csv_monitor.output_path"),
         ({"wandb": {"enabled": True, "entity": "us"}}, "wandb.entity"),
@@ -239,6 +241,19 @@ def test_what_says_nothing_is_fine_and_does_not_reach_deepspeed() -> None:
     zero = {"stage": 3, "offload_param": {"device": "none", "pin_memory": True}, "cpu_offload": False, "zero_hpz_partition_size": 1}
     made = ready({"zero_optimization": zero, **nothing}, precision="fp32")
     assert not nothing.keys() & made.config.keys() and made.config["zero_optimization"] == {"stage": 3}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        None,
+        {"type": None, "params": None},
+        {"params": dict.fromkeys(["lr", "betas", "eps", "weight_decay", "amsgrad", "adam_w_mode", "fused"])},
+    ],
+)
+def test_an_optimizer_that_says_nothing(optimizer: dict[str, Any] | None) -> None:
+    made = ready({"zero_optimization": {"stage": 1}, "optimizer": optimizer, "activation_checkpointing": None})
+    assert made.adam == Adam() and not made.warnings
 
 
 def test_activation_checkpointing_is_gradient_checkpointing_here() -> None:
