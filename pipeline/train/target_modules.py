@@ -6,11 +6,13 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.config import LoraTraining
+from pipeline.errors import InputError
 from pipeline.weights.safetensors import SafetensorsSource
 
 
 def require(folder: Path, settings: LoraTraining) -> None:
-    """Raises InputError if the modules that `settings` name are not in the model in `folder`, or cannot be adapted.
+    """Raises InputError if the modules that `settings` name are not in the model in `folder`, or cannot be adapted, or its config
+    has values of a wrong kind.
 
     The names of the stored matrices, which need no torch, usually show that they are.
     """
@@ -18,6 +20,8 @@ def require(folder: Path, settings: LoraTraining) -> None:
     if all(any(matrix.endswith(f".{name}.weight") for matrix in matrices) for name in settings.target_modules or []):
         return
     # A model may be stored under other names, or not be here but for its config: it knows its modules itself.
+    from huggingface_hub.errors import StrictDataclassError
+
     from pipeline.train.lora import lora_config
     from pipeline.train.model import skeleton
 
@@ -25,6 +29,8 @@ def require(folder: Path, settings: LoraTraining) -> None:
         model = skeleton(folder)
     except (OSError, ValueError):
         return  # the model's stage says what is wrong with it
+    except StrictDataclassError as error:
+        raise InputError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
     lora_config(model, settings)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,7 @@ def test_target_modules_that_the_model_lacks_are_said_when_planning(tiny_model: 
         planned(*model, "lora.target_modules=[q_proj, query]")
     shutil.copy(tiny_model("llama") / "config.json", tmp_path)  # all that `flearn doctor` needs of a model
     planned("model.tiny=null", f"model.path={tmp_path}", "lora.target_modules=[q_proj]")
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"hidden_size": "x"}))
+    with pytest.raises(InputError, match=r"config\.json: .*'hidden_size'[^\n]*expected int, got str[^\n]*$"):
+        planned("model.tiny=null", f"model.path={tmp_path}", "lora.target_modules=[q_proj]")
