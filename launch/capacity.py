@@ -19,27 +19,25 @@ class Capacity(NamedTuple):
     host_bytes: int
     disk_bytes: int
     flops: dict[str, float] | None
-    """Floating-point operations a second of one rank's device, in a large matrix product of each precision; None: not measured."""
-    evaluating_ranks: int
-    """Ranks that share an evaluation: all of them on this machine, one on a cluster."""
+    """Floating-point operations a second of one rank, on a GPU or its share of the cores, in a large matrix product of each precision.
 
-    def limit(self, cluster: Cluster, ranks: int | None = None) -> int:
-        """Bytes that one of `ranks` ranks (the cluster's, if None) may use."""
-        if self.device_bytes is not None:
-            return self.device_bytes
-        return self.host_bytes * cluster.nodes // (ranks or cluster.ranks)
+    None: not measured.
+    """
+    on_cluster: bool = False
+    """Whether a scheduler runs the steps: side by side where none needs the other, and an evaluation on one rank, not on all."""
+    num_gpus: int | None = None
+    """How many GPUs there can be; None: as many as are asked for, or none at all."""
+
+    def limit(self, cluster: Cluster) -> int:
+        """Bytes that one of the cluster's ranks may use."""
+        return self.device_bytes if self.device_bytes is not None else self.host_bytes * cluster.nodes // cluster.ranks
 
     def rate(self, precision: Literal["bf16", "fp32"], ranks: int) -> float:
-        """Operations a second of `ranks` ranks: a GPU each, or together the cores, whose speed was measured together.
-
-        Infinite where it was not measured.
-        """
-        if self.flops is None:
-            return float("inf")
-        return self.flops[precision] * _EFFICIENCY * (ranks if self.device_bytes is not None else 1)
+        """Operations a second of `ranks` ranks; infinite where their speed was not measured."""
+        return self.flops[precision] * _EFFICIENCY * ranks if self.flops is not None else float("inf")
 
 
-def state(needed: int, available: int) -> State:
+def state_of(needed: int, available: int) -> State:
     """Whether `needed` bytes fit: estimates are rough, so a close fit is a warning."""
     return "fail" if needed > available else "warn" if not fits(needed, available) else "ok"
 

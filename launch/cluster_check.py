@@ -96,16 +96,18 @@ def judge(probed: Probed) -> Iterator[Row]:
 
 def capacity(probed: Probed) -> Capacity | None:
     """What a rank of this shape has; None unless every rank found the others."""
-    flops = [report.flops for report in probed.reports if report.flops]
-    if not flops:
+    measured = next((report for report in probed.reports if report.flops), None)
+    if measured is None or measured.flops is None:
         return None
     gpu_bytes = [number for report in probed.reports for number in report.gpu_bytes]
+    # Tasks that SLURM does not bind to cores see those of the whole node, whose speed was then measured.
+    share = 1.0 if gpu_bytes else min(1.0, probed.site.cpus_per_rank / measured.num_cores)
     return Capacity(
         device_bytes=min(gpu_bytes) if gpu_bytes else None,
         host_bytes=min(report.host_bytes for report in probed.reports),
         disk_bytes=min(report.disk_bytes for report in probed.reports),
-        flops=flops[0],
-        evaluating_ranks=1,
+        flops={precision: flops * share for precision, flops in measured.flops.items()},
+        on_cluster=True,
     )
 
 

@@ -63,7 +63,7 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
         from launch import forecast
 
         if gpu_bytes is not None:
-            capacity = capacity._replace(device_bytes=gpu_bytes, flops=None)
+            capacity = capacity._replace(device_bytes=gpu_bytes, flops=None, num_gpus=None)
         yield from forecast.rows(experiment, capacity)
 
 
@@ -75,12 +75,15 @@ def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capa
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     devices = machine.find_devices()
     yield from machine.rows(runs_dir, cluster.ranks, devices)
+    flops = speed.measure_flops() if needs_flops else None
+    if flops is not None and not devices.names:  # the cores' speed, which the ranks share
+        flops = {precision: value / cluster.ranks for precision, value in flops.items()}
     return Capacity(
         device_bytes=min(devices.memory_bytes) if devices.names else None,
         host_bytes=machine.host_memory_bytes(),
         disk_bytes=shutil.disk_usage(machine.existing(runs_dir)).free,
-        flops=speed.measure_flops() if needs_flops else None,
-        evaluating_ranks=cluster.ranks,
+        flops=flops,
+        num_gpus=len(devices.names) or None,
     )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch import capacity as capacities
 from launch import estimate, remedy, storage
-from launch.capacity import Capacity
+from launch.capacity import Capacity, state_of
 from launch.estimate import Data, Shape
 from launch.machine import Row
 from launch.storage import size
@@ -41,13 +40,14 @@ def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
     yield _experiment_row(experiment, shape, data)
     needs = [_need(experiment.cluster, step, shape, data, capacity) for step in pending if step.stage in _ESTIMATED]
     yield from _merged(needs)
-    yield storage.disk_row(pending, shape, data, capacity.disk_bytes)
+    yield storage.disk_row(pending, shape, data, capacity)
     yield _time_row(needs, capacity)
 
 
 def shape_of(model: Model) -> Shape | str:
     """The model's shape from its config alone, or why that is not known. Reads the local hub cache, or the hub."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -59,12 +59,12 @@ def shape_of(model: Model) -> Shape | str:
         assert model.path is not None
         try:
             config = AutoConfig.from_pretrained(resolve(model.path), revision=model.revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, StrictDataclassError) as error:
             return f"the config of {model.path} cannot be read here ({' '.join(str(error).split())[:120]})"
     with no_init_weights(), torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config)
     module.tie_weights()
-    return _measured(module, config)
+    return _measured(module, config.get_text_config())
 
 
 def _measured(module: Any, config: PretrainedConfig) -> Shape:
@@ -138,7 +138,7 @@ def _evaluation(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity
     settings, limit = Evaluate.model_validate(step.section["evaluate"]), capacity.limit(cluster)
     weights, working = estimate.evaluation_memory(shape, settings, data.record_tokens)
     seen = data.num_facts * data.questions * (data.record_tokens * len(settings.protocols) + settings.max_new_tokens)
-    seconds = 2.0 * shape.num_parameters * seen / capacity.rate(settings.precision, capacity.evaluating_ranks)
+    seconds = 2.0 * shape.num_parameters * seen / capacity.rate(settings.precision, 1 if capacity.on_cluster else cluster.ranks)
     advice = remedy.evaluation_remedy(shape, settings, cluster, data, capacity)
     detail = f"weights {size(weights)}, working {size(working)}"
     return Need(step, weights + working, limit, f"a rank of {size(limit)}", seconds, detail, advice)
@@ -154,7 +154,7 @@ def _merged(needs: list[Need]) -> Iterator[Row]:
         methods = dict.fromkeys(method for one in group for method in one.step.methods)
         name = f"{len(group)} x {need.step.stage}" if len(group) > 1 else need.step.stage
         time = f"; computes for about {duration(need.seconds)}{' each' if len(group) > 1 else ''}" if need.seconds else ""
-        state = capacities.state(need.memory_bytes, need.limit)
+        state = state_of(need.memory_bytes, need.limit)
         detail = f"{size(need.memory_bytes)} {need.whose} ({need.detail}){time}"
         yield Row(f"{name} ({', '.join(methods)})" if methods else name, state, detail, need.advice if state != "ok" else "")
 

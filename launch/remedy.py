@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from launch import estimate
 from launch.capacity import Capacity, fits
@@ -10,27 +11,48 @@ from launch.estimate import Data, Shape
 from pipeline.config import Cluster, Evaluate, LoraTraining, Training
 from pipeline.stages import Step
 
-_RANKS_TRIED = (2, 4, 8, 16, 32, 64)
+_MOST_RANKS = 64
+_SMALL_BATCH = 4
 
 
 def training_remedy(step: Step, shape: Shape, training: Training, cluster: Cluster, data: Data, capacity: Capacity) -> str:
     """The change that makes a fine-tuning fit, as `--set` options: memory saved at the cost of time, else ZeRO-3, else more GPUs."""
     section = "lora" if isinstance(training, LoraTraining) else "teach" if step.stage == "teach" else "full"
-    for ranks in _ranks_tried(cluster, capacity):
+    more = _more_ranks(cluster, capacity) if capacity.device_bytes is not None or capacity.on_cluster else []
+    for tried in (cluster, *_fewer_ranks(cluster, capacity), *more):
         for changed, options in _changes(training, section):
-            needed = estimate.training_memory(shape, changed, ranks, data.record_tokens).total
-            if fits(needed, capacity.limit(cluster, ranks)):
-                options += [f"cluster.ranks={ranks}"] if ranks != cluster.ranks else []
-                return f"would fit with {' '.join(f'--set {option}' for option in options)}"
+            needed = estimate.training_memory(shape, changed, tried.ranks, data.record_tokens).total
+            if fits(needed, capacity.limit(tried)):
+                return _advice(options + _cluster_options(tried, cluster), tried.ranks, capacity)
     return "no setting makes it fit here: more or larger GPUs, a smaller model, or LoRA alone"
 
 
-def _ranks_tried(cluster: Cluster, capacity: Capacity) -> list[int]:
-    """More ranks are more GPUs; where they share the host's memory, fewer ranks have more of it each."""
-    tried = [ranks for ranks in _RANKS_TRIED if ranks > cluster.ranks]
-    if capacity.device_bytes is None:
-        tried = [ranks for ranks in (*reversed(_RANKS_TRIED), 1) if ranks < cluster.ranks]
-    return [cluster.ranks, *(ranks for ranks in tried if ranks % cluster.nodes == 0)]
+def _fewer_ranks(cluster: Cluster, capacity: Capacity) -> Iterator[Cluster]:
+    """Where ranks share the host's memory, fewer have more of it each."""
+    ranks = cluster.ranks // cluster.nodes if capacity.device_bytes is None else 1
+    while ranks > 1:
+        ranks //= 2
+        yield cluster.model_copy(update={"ranks": ranks * cluster.nodes})
+
+
+def _more_ranks(cluster: Cluster, capacity: Capacity) -> Iterator[Cluster]:
+    """On a cluster on as many more nodes: a node may have no more GPUs than the ranks that it has."""
+    factor = 2
+    while cluster.ranks * factor <= _MOST_RANKS:
+        nodes = cluster.nodes * factor if capacity.on_cluster or cluster.nodes > 1 else 1
+        yield cluster.model_copy(update={"ranks": cluster.ranks * factor, "nodes": nodes})
+        factor *= 2
+
+
+def _cluster_options(tried: Cluster, cluster: Cluster) -> list[str]:
+    return [f"cluster.{name}={getattr(tried, name)}" for name in ("ranks", "nodes") if getattr(tried, name) != getattr(cluster, name)]
+
+
+def _advice(options: list[str], ranks: int, capacity: Capacity) -> str:
+    settings = " ".join(f"--set {option}" for option in options)
+    if capacity.num_gpus is not None and ranks > capacity.num_gpus:
+        return f"would fit on {ranks} GPUs ({capacity.num_gpus} here), with {settings}"
+    return f"would fit with {settings}"
 
 
 def _changes(training: Training, section: str) -> Iterator[tuple[Training, list[str]]]:
@@ -45,9 +67,14 @@ def _changes(training: Training, section: str) -> Iterator[tuple[Training, list[
 
 
 def evaluation_remedy(shape: Shape, settings: Evaluate, cluster: Cluster, data: Data, capacity: Capacity) -> str:
-    """The change that makes an evaluation fit, as `--set` options."""
-    for change, warning in (({"batch_size": 4}, ""), ({"batch_size": 4, "precision": "bf16"}, " (bf16 rounds a small subtraction away)")):
-        needed = sum(estimate.evaluation_memory(shape, settings.model_copy(update=change), data.record_tokens))
-        if fits(needed, capacity.limit(cluster)):
-            return f"would fit with {' '.join(f'--set evaluate.{name}={value}' for name, value in change.items())}{warning}"
+    """The change that makes an evaluation fit, as `--set` options: a smaller batch, else fewer ranks on a host, else bf16."""
+    precisions = dict.fromkeys([settings.precision, "bf16"])
+    sizes = dict.fromkeys([settings.batch_size, min(_SMALL_BATCH, settings.batch_size)])
+    for precision, tried, size in product(precisions, [cluster, *_fewer_ranks(cluster, capacity)], sizes):
+        changes = {"batch_size": size, "precision": precision}
+        needed = sum(estimate.evaluation_memory(shape, settings.model_copy(update=changes), data.record_tokens))
+        if fits(needed, capacity.limit(tried)):
+            options = [f"evaluate.{name}={value}" for name, value in changes.items() if value != getattr(settings, name)]
+            warning = " (bf16 rounds a small subtraction away)" if precision != settings.precision else ""
+            return _advice(options + _cluster_options(tried, cluster), 1, capacity) + warning
     return "no setting makes it fit here: a GPU with more memory, or a smaller model"

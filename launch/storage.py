@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
-from launch import capacity, estimate
+from launch import estimate
+from launch.capacity import Capacity, state_of
 from launch.estimate import Data, Shape, training_of
 from launch.machine import Row
 from pipeline import stages
@@ -24,14 +25,37 @@ class Stored(NamedTuple):
     """All that is written from the step's start to its end."""
 
 
-def disk_row(pending: list[Step], shape: Shape, data: Data, free: int) -> Row:
-    """The results that stay, the largest that comes and goes while a stage runs, and what has to be written."""
-    steps = [stored(step, shape, data) for step in pending]
-    stay, passing, written = sum(one.result for one in steps), max(one.passing for one in steps), sum(one.written for one in steps)
-    detail = f"{size(stay + passing)} of {size(free)} free: results {size(stay)}, checkpoints while they run {size(passing)}"
+def disk_row(pending: list[Step], shape: Shape, data: Data, capacity: Capacity) -> Row:
+    """The results that stay, the most that comes and goes at a time while stages run, and what has to be written."""
+    steps, free = [stored(step, shape, data) for step in pending], capacity.disk_bytes
+    stay, written = sum(one.result for one in steps), sum(one.written for one in steps)
+    passing, order = max(one.passing for one in steps), "one by one"
+    if capacity.on_cluster:
+        passing, order = _side_by_side(pending, [one.passing for one in steps]), "side by side"
+    detail = f"{size(stay + passing)} of {size(free)} free: results {size(stay)}, checkpoints of trainings {order} {size(passing)}"
     detail += f"; writes {size(written)} in all, checkpoints (checkpoint_every_steps) included"
-    state = capacity.state(stay + passing, free)
+    state = state_of(stay + passing, free)
     return Row("disk for this run", state, detail, "" if state == "ok" else "set cluster.runs_dir to a larger disk, or run fewer methods")
+
+
+def _side_by_side(pending: list[Step], passing: list[int]) -> int:
+    """The largest sum of `passing` over trainings none of which needs another: of each either itself, or the most of those after it."""
+    after = {step.id: 0 for step in pending if step.stage in stages.TUNINGS}
+    most = 0
+    for step, own in reversed(list(zip(pending, passing, strict=True))):
+        if step.id in after:
+            largest, needed = max(own, after[step.id]), _needed_training(step)
+            if needed in after:
+                after[needed] += largest
+            else:
+                most += largest
+    return most
+
+
+def _needed_training(step: Step) -> str:
+    """The training that `step` waits for; the base model's step if none."""
+    model = step.inputs["model"]
+    return (model.inputs["tuned"] if model.stage == "forget" else model).id
 
 
 def stored(step: Step, shape: Shape, data: Data) -> Stored:

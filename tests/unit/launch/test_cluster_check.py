@@ -114,6 +114,14 @@ def test_what_the_nodes_have_is_what_the_estimates_are_made_for(tmp_path: Path) 
     assert (found.device_bytes, found.host_bytes, found.flops) == (40 * GB, 60 * GB, {"bf16": 250e12})
 
 
+@pytest.mark.parametrize(("cores_seen", "flops"), [(2, 1e11), (8, 0.25e11)])
+def test_speed_is_of_one_ranks_own_cores(tmp_path: Path, cores_seen: int, flops: float) -> None:
+    reports = [report(0, num_cores=cores_seen), report(1, num_cores=cores_seen)]
+    found = cluster_check.capacity(Probed(Cluster(ranks=2, nodes=2), Site(cpus_per_rank=2), tmp_path, reports=reports))
+    assert found is not None and found.flops == {"bf16": flops}
+    assert found.rate("bf16", 2) == 2 * found.rate("bf16", 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "check", "state"),
     [

@@ -13,9 +13,9 @@ from launch.capacity import Capacity
 from launch.cli import main
 from launch.estimate import Data, Shape
 from launch.machine import Devices
-from launch.remedy import training_remedy
+from launch.remedy import evaluation_remedy, training_remedy
 from pipeline import config, stages
-from pipeline.config import LoraTraining, Model, Training
+from pipeline.config import Cluster, Evaluate, Forget, LoraTraining, Model, Training
 
 GB = 10**9
 
@@ -30,10 +30,23 @@ LLAMA2_7B = {
 }
 GPT2_XL = {"model_type": "gpt2", "n_embd": 1600, "n_head": 25, "n_layer": 48, "vocab_size": 50257}
 BLOOM_7B = {"model_type": "bloom", "hidden_size": 4096, "n_head": 32, "n_layer": 30, "vocab_size": 250880}
+GEMMA3 = {
+    "model_type": "gemma3",
+    "text_config": {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 100,
+    },
+    "vision_config": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28},
+}
 SHAPE_7B = Shape(6_738_415_616, 32, 4096, 32000)
 ZERO2 = {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 2e8, "allgather_bucket_size": 2e8}}
 SPEED = {"bf16": 250e12, "fp32": 19e12}
-A100 = Capacity(device_bytes=80 * GB, host_bytes=500 * GB, disk_bytes=2000 * GB, flops=SPEED, evaluating_ranks=4)
+A100 = Capacity(device_bytes=80 * GB, host_bytes=500 * GB, disk_bytes=2000 * GB, flops=SPEED)
 DATA = Data(num_facts=1000, record_tokens=32, locality=1, questions=3)
 
 
@@ -43,6 +56,7 @@ DATA = Data(num_facts=1000, record_tokens=32, locality=1, questions=3)
         (LLAMA2_7B, SHAPE_7B),
         (GPT2_XL, Shape(1_557_611_200, 48, 1600, 50257)),
         (BLOOM_7B, Shape(7_069_016_064, 30, 4096, 250880)),
+        (GEMMA3, Shape(95_936, 2, 64, 100)),
     ],
 )
 def test_sizes_of_known_models(tmp_path: Path, values: dict[str, Any], expected: Shape) -> None:
@@ -113,7 +127,21 @@ def test_four_a100s_will_do(experiment: config.Experiment) -> None:
     disk = next(row for row in rows if row.check == "disk for this run")
     # In fp32 teach, forget twice, learn twice in full: 5 x 4 P = 134.8 GB; tune_old's last ZeRO checkpoint, of
     # masters and bf16 weights: 6 P = 40.4 GB. A checkpoint with moments is 14 P; teach's result (4 P) comes when it has gone.
-    assert "results 175.2 GB, checkpoints while they run 67.4 GB" in disk.detail
+    assert "results 175.2 GB, checkpoints of trainings one by one 67.4 GB" in disk.detail
+
+
+def test_on_a_cluster_trainings_share_the_disk(experiment: config.Experiment) -> None:
+    def needed(*methods: str) -> str:
+        some = experiment.model_copy(update={"methods": list(methods), "forget": Forget(scale=0.3)})
+        cluster = A100._replace(on_cluster=True)
+        return next(row.detail for row in forecast.rows(some, cluster) if row.check == "disk for this run").partition("side by side ")[2]
+
+    # Beside their results teach and a full learn want 14 - 4 P, a full tune_old 14 - 6 P, and LoRA's trainings next to nothing.
+    assert needed("full_ft").startswith("67.4 GB;"), "the learn needs teach"
+    assert needed("flearn_ft").startswith("67.4 GB;"), "and so does tune_old, after which it learns"
+    assert needed("full_ft", "flearn_ft").startswith("134.8 GB;")
+    assert needed("full_ft", "flearn_ft", "flearn_lora").startswith("134.8 GB;")
+    assert needed("full_ft", "flearn_ft", "flearn_lora_ft").startswith("202.2 GB;"), "three learns, or two and tune_old"
 
 
 def test_forgetting_takes_the_hosts_memory(experiment: config.Experiment) -> None:
@@ -126,7 +154,7 @@ def test_evaluation_computes_at_its_own_precisions_speed(experiment: config.Expe
         return next(row.detail for row in forecast.rows(experiment, capacity) if "evaluate" in row.check)
 
     slow = A100._replace(flops={"bf16": 250e12, "fp32": 1e9})
-    assert "about 8 minutes each" in computing(slow) and "about 34 minutes each" in computing(slow._replace(evaluating_ranks=1))
+    assert "about 8 minutes each" in computing(slow) and "about 34 minutes each" in computing(slow._replace(on_cluster=True))
     assert "about 1 s each" in computing(slow._replace(flops={"bf16": 1e9, "fp32": 19e12}))
 
 
@@ -170,6 +198,52 @@ def test_advice_where_ranks_share_the_hosts_memory(experiment: config.Experiment
     assert "no setting" in training_remedy(step, SHAPE_7B, training, experiment.cluster, DATA, tiny)
 
 
+@pytest.mark.parametrize(
+    ("gpu_gb", "cluster", "capacity", "advice"),
+    [
+        (40, {"ranks": 4}, A100._replace(num_gpus=8), "would fit with --set cluster.ranks=8"),
+        (40, {"ranks": 4}, A100._replace(num_gpus=4), "would fit on 8 GPUs (4 here), with --set cluster.ranks=8"),
+        (40, {"ranks": 4}, A100._replace(on_cluster=True), "would fit with --set cluster.ranks=8 --set cluster.nodes=2"),
+        (45, {"ranks": 3, "nodes": 3}, A100._replace(on_cluster=True), "would fit with --set cluster.ranks=6 --set cluster.nodes=6"),
+        (45, {"ranks": 3}, A100, "would fit with --set cluster.ranks=6"),
+    ],
+)
+def test_advice_of_more_ranks_can_be_followed(
+    experiment: config.Experiment, gpu_gb: int, cluster: dict[str, int], capacity: Capacity, advice: str
+) -> None:
+    step = next(step for step in stages.plan(experiment).steps.values() if step.stage == "teach")
+    capacity = capacity._replace(device_bytes=gpu_gb * GB)
+    assert training_remedy(step, SHAPE_7B, estimate.training_of(step), Cluster(**cluster), DATA, capacity) == advice
+
+
+# Of 7B parameters an evaluation holds 27.0 GB in fp32 and 13.5 GB in bf16, and 1 MB (0.5 MB) of keys and values per token.
+@pytest.mark.parametrize(
+    ("gpu_gb", "host_gb", "settings", "advice"),
+    [
+        (34, 0, {"batch_size": 32}, "--set evaluate.batch_size=4"),
+        (24, 0, {"batch_size": 32}, "--set evaluate.precision=bf16 (bf16 rounds a small subtraction away)"),
+        (24, 0, {"batch_size": 1}, "--set evaluate.precision=bf16 (bf16 rounds a small subtraction away)"),
+        (
+            17,
+            0,
+            {"batch_size": 64},
+            "--set evaluate.batch_size=4 --set evaluate.precision=bf16 (bf16 rounds a small subtraction away)",
+        ),
+        (None, 64, {"batch_size": 1}, "--set cluster.ranks=1"),
+        (None, 80, {"batch_size": 1}, "--set cluster.ranks=2"),
+        (None, 66, {"batch_size": 32}, "--set evaluate.batch_size=4 --set cluster.ranks=2"),
+    ],
+)
+def test_advice_for_an_evaluation(gpu_gb: int | None, host_gb: int, settings: dict[str, Any], advice: str) -> None:
+    capacity = A100._replace(device_bytes=gpu_gb and gpu_gb * GB, host_bytes=host_gb * GB)
+    assert evaluation_remedy(SHAPE_7B, Evaluate(**settings), Cluster(ranks=4), DATA, capacity) == f"would fit with {advice}"
+
+
+def test_an_evaluation_for_which_there_is_no_advice() -> None:
+    tiny = A100._replace(device_bytes=10 * GB)
+    assert evaluation_remedy(SHAPE_7B, Evaluate(batch_size=1), Cluster(), DATA, tiny).startswith("no setting makes it fit")
+
+
 def test_too_small_a_disk(experiment: config.Experiment) -> None:
     disk = [row for row in forecast.rows(experiment, A100._replace(disk_bytes=100 * GB)) if row.check.startswith("disk")]
     assert [row.state for row in disk] == ["fail"]
@@ -190,6 +264,12 @@ def test_a_hub_model_whose_config_is_not_here(experiment: config.Experiment, mon
     absent = experiment.model_copy(update={"model": Model(path="someone/absent")})
     (row,) = forecast.rows(absent, A100)
     assert row.state == "warn" and "someone/absent cannot be read here" in row.detail
+
+
+def test_a_config_with_a_value_of_a_wrong_kind(experiment: config.Experiment, tmp_path: Path) -> None:
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA2_7B | {"hidden_size": "x"}))
+    (row,) = forecast.rows(experiment, A100)
+    assert row.state == "warn" and "expected int, got str" in row.detail and "\n" not in row.detail
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (90, "90 s"), (600, "10 minutes"), (9000, "2 hours"), (864000, "10 days")])
@@ -259,5 +339,5 @@ def test_gpus_that_are_not_here(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert main([*command, "--gpu-memory", "24GB"]) == 1
     found = capsys.readouterr().out
     assert "fail  teach: 45.9 GB a rank of 24.0 GB" in found
-    assert "--set evaluate.batch_size=4 --set evaluate.precision=bf16" in found  # 27 GB of weights in fp32
+    assert "would fit with --set evaluate.precision=bf16" in found  # 27 GB of weights in fp32
     assert main([*command, "--gpu-memory", "much"]) == 2
