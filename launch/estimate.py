@@ -24,8 +24,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pipeline import config
 from pipeline.config import Evaluate, LoraTraining, Teach, Training
 from pipeline.stages import Step
+from pipeline.train import checkpoint
 
 ANSWER_TOKENS = 10
 """Tokens of an answer with its EOS; the short answers of ZsRE have 4 to 8."""
@@ -71,9 +73,7 @@ class Memory(NamedTuple):
 
 def training_of(step: Step) -> Training:
     """The settings of a fine-tuning step."""
-    values = step.section["training"]
-    kind = LoraTraining if "rank" in values else Teach if step.stage == "teach" else Training
-    return kind.model_validate(values)
+    return config.training_of(step.section["training"])
 
 
 def zero_stage(training: Training) -> int:
@@ -119,8 +119,7 @@ def num_records(training: Training, data: Data) -> int:
 
 def checkpoint_bytes(shape: Shape, training: Training, with_moments: bool = True) -> int:
     """One checkpoint, over all ranks together; the last one of a training is without moments."""
-    module = _width(training) * num_trained(shape, training) if zero_stage(training) < 3 else 0
-    return (12 if with_moments else 4) * num_trained(shape, training) + module
+    return checkpoint.num_bytes(num_trained(shape, training), training.precision, zero_stage(training), with_moments)
 
 
 def training_flops(shape: Shape, training: Training, num_tokens: int) -> float:

@@ -137,6 +137,12 @@ class LoraTraining(Training):
     """Names of linear modules; None: the attention's query and value projections, as in the paper."""
 
 
+def training_of(values: dict[str, Any]) -> Training:
+    """The section that `values` are a dump of: Teach alone says what to teach, LoRA alone has a rank."""
+    kind = LoraTraining if "rank" in values else Teach if "facts" in values else Training
+    return kind.model_validate(values)
+
+
 class Forget(Section):
     """theta' = theta - scale * (theta_tuned - theta)."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.artifact import sync, write_json
 from pipeline.context import Context, log
@@ -30,6 +30,13 @@ class Saved:
     folder: Path
     step: int
     num_ranks: int
+
+
+def num_bytes(num_trained: int, precision: Literal["bf16", "fp32"], zero_stage: int, with_moments: bool = True) -> int:
+    """What one checkpoint holds, over all ranks: fp32 masters, their two moments (the last one of a training leaves them out), and
+    below ZeRO-3 also the trained weights themselves."""
+    weights = {"bf16": 2, "fp32": 4}[precision] if zero_stage < 3 else 0
+    return num_trained * ((12 if with_moments else 4) + weights)
 
 
 class Checkpoints:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
-from pipeline.config import LoraTraining, Prompt, Teach, Training
+from pipeline.config import LoraTraining, Prompt, Teach, Training, training_of
 from pipeline.context import Context
 from pipeline.errors import InputError
 from pipeline.facts.fact import read_facts
 from pipeline.facts.prompts import Prompter
 from pipeline.models.load import load_tokenizer, model_folder
+from pipeline.train import checkpoint
 from pipeline.train.batches import Batches, Shape
 from pipeline.train.deepspeed_config import Ready, make_ready
 from pipeline.train.loop import Course
@@ -53,12 +54,11 @@ class Job:
     def disk_bytes(self, num_saved: int) -> int:
         """Bytes that are still to be written while old ones remain, given `num_saved` complete checkpoints.
 
-        A checkpoint holds fp32 masters and two moments, below ZeRO-3 also the weights themselves; the old one goes when the
-        new one is complete. The last one has no moments, and so leaves room for the result (fp32 weights).
+        An old checkpoint goes when the new one is complete. The last one has no moments, and so leaves room for the result (fp32
+        weights).
         """
-        per_weight = {"bf16": 2, "fp32": 4}[self.training.precision] if self.ready.zero_stage < 3 else 0
         num_copies = 1 if self.course.num_steps <= self.training.checkpoint_every_steps else 2
-        return self.num_trained * (12 + per_weight) * max(1, num_copies - num_saved)
+        return checkpoint.num_bytes(self.num_trained, self.training.precision, self.ready.zero_stage) * max(1, num_copies - num_saved)
 
     def described(self) -> dict[str, Any]:
         """The part of the stage's facts that is known beforehand."""
@@ -82,7 +82,7 @@ class Job:
 
 def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Context) -> Job:
     """The job that a stage's section and inputs ask for. Raises InputError for settings and records that cannot work."""
-    training = _training(section["training"])
+    training = training_of(section["training"])
     base = inputs["model"]
     model: Any = skeleton(model_folder(base))
     adapter = lora_config(model, training) if isinstance(training, LoraTraining) else None
@@ -105,12 +105,6 @@ def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Cont
         num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         warnings=ready.warnings + _warnings(base, training, adapter),
     )
-
-
-def _training(values: dict[str, Any]) -> Training:
-    """The config section that `values` are a dump of: Teach alone says what to teach, LoRA alone has a rank."""
-    kind = LoraTraining if "rank" in values else Teach if "facts" in values else Training
-    return kind.model_validate(values)
 
 
 def _require_monitors(ready: Ready) -> None:
