@@ -27,10 +27,17 @@ class Capacity(NamedTuple):
     """Whether a scheduler runs the steps: side by side where none needs the other, and an evaluation on one rank, not on all."""
     num_gpus: int | None = None
     """How many GPUs there can be; None: as many as are asked for, or none at all."""
+    rank_bytes: int | None = None
+    """What a scheduler gives each rank of the host's memory; None: the ranks share it."""
 
     def limit(self, cluster: Cluster) -> int:
         """Bytes that one of the cluster's ranks may use."""
-        return self.device_bytes if self.device_bytes is not None else self.host_bytes * cluster.nodes // cluster.ranks
+        return self.own_bytes if self.own_bytes is not None else self.host_bytes * cluster.nodes // cluster.ranks
+
+    @property
+    def own_bytes(self) -> int | None:
+        """The memory of each rank, however many there are; None where they share the host's."""
+        return self.device_bytes if self.device_bytes is not None else self.rank_bytes
 
     def rate(self, precision: Literal["bf16", "fp32"], ranks: int) -> float:
         """Operations a second of `ranks` ranks; infinite where their speed was not measured."""

@@ -100,14 +100,17 @@ def capacity(probed: Probed) -> Capacity | None:
     if measured is None or measured.flops is None:
         return None
     gpu_bytes = [number for report in probed.reports for number in report.gpu_bytes]
+    host_bytes = min(report.host_bytes for report in probed.reports)
+    tasks = probed.cluster.ranks // probed.cluster.nodes
     # Tasks that SLURM does not bind to cores see those of the whole node, whose speed was then measured.
     share = 1.0 if gpu_bytes else min(1.0, probed.site.cpus_per_rank / measured.num_cores)
     return Capacity(
         device_bytes=min(gpu_bytes) if gpu_bytes else None,
-        host_bytes=min(report.host_bytes for report in probed.reports),
+        host_bytes=host_bytes,
         disk_bytes=min(report.disk_bytes for report in probed.reports),
         flops={precision: flops * share for precision, flops in measured.flops.items()},
         on_cluster=True,
+        rank_bytes=host_bytes // tasks if probed.site.memory_per_rank is not None else None,
     )
 
 

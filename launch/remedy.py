@@ -29,7 +29,7 @@ def training_remedy(step: Step, shape: Shape, training: Training, cluster: Clust
 
 def _fewer_ranks(cluster: Cluster, capacity: Capacity) -> Iterator[Cluster]:
     """Where ranks share the host's memory, fewer have more of it each."""
-    ranks = cluster.ranks // cluster.nodes if capacity.device_bytes is None else 1
+    ranks = cluster.ranks // cluster.nodes if capacity.own_bytes is None else 1
     while ranks > 1:
         ranks //= 2
         yield cluster.model_copy(update={"ranks": ranks * cluster.nodes})

@@ -122,6 +122,16 @@ def test_speed_is_of_one_ranks_own_cores(tmp_path: Path, cores_seen: int, flops:
     assert found.rate("bf16", 2) == 2 * found.rate("bf16", 1)
 
 
+def test_fewer_ranks_get_no_more_memory_where_each_asks_for_its_own(tmp_path: Path) -> None:
+    def limits(site: Site) -> list[int]:
+        found = cluster_check.capacity(Probed(Cluster(ranks=2), site, tmp_path, reports=[report(0), report(1)]))
+        assert found is not None
+        return [found.limit(Cluster(ranks=ranks)) for ranks in (2, 1)]
+
+    assert limits(Site()) == [30 * GB, 60 * GB]
+    assert limits(Site(memory_per_rank="30GB")) == [30 * GB, 30 * GB]
+
+
 @pytest.mark.parametrize(
     ("changes", "check", "state"),
     [

@@ -240,6 +240,8 @@ def test_advice_for_an_evaluation(gpu_gb: int | None, host_gb: int, settings: di
 
 
 def test_an_evaluation_for_which_there_is_no_advice() -> None:
+    own = A100._replace(device_bytes=None, host_bytes=64 * GB, rank_bytes=10 * GB)
+    assert evaluation_remedy(SHAPE_7B, Evaluate(batch_size=1), Cluster(ranks=4), DATA, own).startswith("no setting makes it fit")
     tiny = A100._replace(device_bytes=10 * GB)
     assert evaluation_remedy(SHAPE_7B, Evaluate(batch_size=1), Cluster(), DATA, tiny).startswith("no setting makes it fit")
 
