@@ -32,8 +32,8 @@ def dev_cluster() -> Iterator[dict[str, str]]:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on."""
-    for first in range(21000 + os.getpid() % 4000, 30000, count):
+    """The first of `count` ports in a row that nobody listens on, below those by which a job's ranks meet (see `launch/job.py`)."""
+    for first in range(11000 + os.getpid() % 4000, 20000 - count, count):
         try:
             for port in range(first, first + count):
                 with socket.socket() as probe:

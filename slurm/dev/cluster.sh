@@ -13,7 +13,7 @@
 #   FLEARN_SLURM_CPUS   CPUs that each node claims      (4)
 #   FLEARN_SLURM_MEM    MiB that each node claims       (12000)
 #   FLEARN_SLURM_GPUS   fake GPUs that each node claims (2)
-#   FLEARN_SLURM_PORT   first of the TCP ports it takes (27817)
+#   FLEARN_SLURM_PORT   first of the TCP ports it takes (17817)
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,7 +22,7 @@ NODES=${FLEARN_SLURM_NODES:-2}
 CPUS=${FLEARN_SLURM_CPUS:-4}
 MEM=${FLEARN_SLURM_MEM:-12000}
 GPUS=${FLEARN_SLURM_GPUS:-2}
-PORT=${FLEARN_SLURM_PORT:-27817}
+PORT=${FLEARN_SLURM_PORT:-17817}
 USER=$(id -un)
 HOST=$(hostname -s)
 DBD_PORT=$((PORT + 1))
