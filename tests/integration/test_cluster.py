@@ -88,7 +88,15 @@ def test_an_interrupted_doctor_leaves_nothing(env: dict[str, str], tmp_path: Pat
     runs_dir = tmp_path / "made" / "runs"
     options = ["--on", "slurm", "--set", "cluster.ranks=2", "--set", "cluster.nodes=2", "--set", f"cluster.runs_dir={runs_dir}"]
     command = [sys.executable, "-m", "launch", "doctor", "configs/quickstart.yaml", *options]
-    doctor = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    doctor = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where these tests run in the background
+    )
     deadline = time.monotonic() + 120
     while not list(runs_dir.glob(".doctor-*/rank*.json")):
         assert time.monotonic() < deadline and doctor.poll() is None
