@@ -121,25 +121,26 @@ def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
 
     A rank that died without a word (killed, out of memory) is known to SLURM alone: its peers blame the connection.
     """
-    problem = _problem(folder, stderr)
+    attempts = {log: _last_attempt(log) for log in stderr}
+    problem = _problem(folder, attempts)
     state = job.state if job is not None and job.state not in ("COMPLETED", "FAILED") else None
-    killed, log = _first_killed(stderr) if job is not None and job.state != "COMPLETED" else (None, None)
+    killed, log = _first_killed(attempts) if job is not None and job.state != "COMPLETED" else (None, None)
     said = [text for text in (state, killed or (problem and problem["message"])) if text]
     if problem is not None and killed is None:
         return f"{': '.join(said)} (see {folder / problem['log']})"
     if job is None or job.state == "COMPLETED":
         return None
-    failed = [path for path in stderr if _SRUN.search(_last_attempt(path)[1])]
+    failed = [log for log, (_, text) in attempts.items() if _SRUN.search(text)]
     return f"{': '.join(said) or job.state} (see {log or next(iter([*failed, *stderr]), 'scontrol show job')})"
 
 
-def _problem(folder: Path, stderr: list[Path]) -> Any:
+def _problem(folder: Path, attempts: dict[Path, tuple[int, str]]) -> Any:
     """What the step, or one of its parts, said of its failure, if that was in the last attempt."""
-    attempts = min((_last_attempt(log)[0] for log in stderr), default=1)
+    last = min((number for number, _ in attempts.values()), default=1)
     for path in sorted(folder.glob(ERRORS)):
         with suppress(FileNotFoundError):  # whoever begins again takes it away
             problem = json.loads(path.read_text(encoding="utf-8"))
-            if problem["attempt"] >= attempts:
+            if problem["attempt"] >= last:
                 return problem
     return None
 
@@ -151,13 +152,13 @@ def _last_attempt(log: Path) -> tuple[int, str]:
     return int(number[0]) if number else 1, text
 
 
-def _first_killed(stderr: list[Path]) -> tuple[str, Path] | tuple[None, None]:
+def _first_killed(attempts: dict[Path, tuple[int, str]]) -> tuple[str, Path] | tuple[None, None]:
     """What srun says, and where, of the task that died first, unless it had words of its own. Of the last attempt, after a requeue.
 
     srun writes where a job's first task does; an array has a file for each of its tasks.
     """
-    for log in stderr:
-        match = _SRUN.search(_last_attempt(log)[1])
+    for log, (_, text) in attempts.items():
+        match = _SRUN.search(text)
         if match is not None and not match[3].startswith("Exited with exit code"):
             return f"rank {match[2]} on {match[1]}: {match[3]}", log
     return None, None

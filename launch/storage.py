@@ -12,6 +12,7 @@ from launch.machine import Row
 from pipeline import stages
 from pipeline.config import LoraTraining, Training
 from pipeline.stages import Step
+from pipeline.weights.source import DTYPE_BYTES
 
 
 class Stored(NamedTuple):
@@ -61,7 +62,7 @@ def _needed_training(step: Step) -> str:
 def stored(step: Step, shape: Shape, data: Data) -> Stored:
     """What `step` does to the disk; steps that leave no weights count for nothing."""
     if step.stage == "forget":
-        result = _width(step.section["forget"]["dtype"]) * shape.num_parameters
+        result = DTYPE_BYTES.get(step.section["forget"]["dtype"], 4) * shape.num_parameters
         return Stored(result, 0, result)
     if step.stage not in stages.TUNINGS:
         return Stored(0, 0, 0)
@@ -78,10 +79,6 @@ def stored(step: Step, shape: Shape, data: Data) -> Stored:
 
 def _num_steps(training: Training, data: Data) -> int:
     return training.epochs * ceil(estimate.num_records(training, data) / training.batch_size)
-
-
-def _width(dtype: str) -> int:
-    return 2 if dtype in ("bfloat16", "float16") else 4
 
 
 def size(num_bytes: float) -> str:
