@@ -1,7 +1,7 @@
 """Reading and writing past the page cache (O_DIRECT), into memory that is ours: half the work for bytes that are met once.
 
 Direct transfers want offsets, lengths and memory in whole pages. A file system that refuses them is read and written
-through the page cache instead.
+through the page cache instead, and so, unless `direct` is asked for, is read what lies in the cache already.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.delta.floats import Array, array_dtype, of_tensor
+from pipeline.delta.page_cache import is_cached, tells_its_pages
 from pipeline.errors import InputError
 from pipeline.weights.aside import AsideFile
 from pipeline.weights.pread import PreadFile
@@ -100,6 +101,7 @@ class InputFile:
     def __init__(self, path: Path, io: Io) -> None:
         self._buffered = PreadFile(path)
         self._direct = _open_direct(path, os.O_RDONLY, io, self._buffered.size)
+        self._asks_cache = io == "auto" and tells_its_pages(path)
 
     @property
     def is_direct(self) -> bool:
@@ -112,6 +114,9 @@ class InputFile:
     def read_pages(self, view: memoryview, offset: int, num_bytes: int) -> None:
         """Read `num_bytes` from `offset` on, and up to a page more. `offset` and `view` begin at a page."""
         assert self._direct is not None and offset % PAGE == 0
+        if self._asks_cache and is_cached(self._direct, offset, num_bytes):
+            self.read(view[:num_bytes], offset)
+            return
         done = 0
         while done < num_bytes and done % PAGE == 0:
             num_read = _read_direct(self._direct, view[done : _pages_up(num_bytes)], offset + done)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ HIDDEN, INNER, KEYS, VOCABULARY = 2048, 5632, 256, 32000
 
 def main() -> None:
     arguments = _parse()
+    if arguments.mergekit is not None and not (arguments.mergekit / "mergekit-yaml").exists():
+        sys.exit(f"{arguments.mergekit / 'mergekit-yaml'}: is not there")
     folder = Path(tempfile.mkdtemp(prefix="bench-subtract-", dir=arguments.folder))
     try:
         print(json.dumps(measure(folder, arguments)))
@@ -45,33 +48,61 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="of a Llama of width 2048 (22 make 1.1B weights)")
     parser.add_argument("--rounds", type=int, default=3, help="0: only the command's memory")
+    parser.add_argument("--inputs", default="cold", choices=["cold", "cached"], help="where both models are: on disk, or in the page cache")
     parser.add_argument("--dtype", default="same")
     parser.add_argument("--rounding", default="nearest")
-    parser.add_argument("--io", default="direct", choices=["auto", "direct", "buffered"])
+    parser.add_argument("--io", default="auto", choices=["auto", "direct", "buffered"])
     parser.add_argument("--mergekit", type=Path, metavar="DIR", help="a folder that has mergekit-yaml")
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
     return parser.parse_args()
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
-    """Alternate the two (and mergekit, once), and compare medians."""
+    """Alternate all ways, and compare medians."""
     base, tuned, out = folder / "base", folder / "tuned", folder / "out"
     for seed, path in enumerate((base, tuned)):
         write_model(path, arguments.layers, seed)
-    times: dict[str, list[float]] = {"move": [], "subtract": []}
     options = {"dtype": arguments.dtype, "rounding": arguments.rounding, "io": arguments.io}
-    for _ in range(arguments.rounds):
-        times["move"].append(_timed(lambda: move(base, tuned, out, arguments.io), out))
-        times["subtract"].append(_timed(lambda: subtract(base, tuned, 0.3, out, **options), out))
-    result: dict[str, object] = {"gigabytes_moved": round(3 * (base / "model.safetensors").stat().st_size / 1e9, 2), **options}
+    ways: dict[str, Callable[[], object]] = {"command": lambda: run_command(base, tuned, out, options)}
     if arguments.rounds:
-        result |= {f"{name}_seconds": [round(seconds, 2) for seconds in taken] for name, taken in times.items()}
-        result["ratio_to_moving"] = round(statistics.median(times["subtract"]) / statistics.median(times["move"]), 3)
-        result["ratio_of_best"] = round(min(times["subtract"]) / min(times["move"]), 3)
-    result |= run_command(base, tuned, out, arguments)
+        ways["move"] = lambda: move(base, tuned, out, arguments.io)
+        ways["subtract"] = lambda: subtract(base, tuned, 0.3, out, **options)
     if arguments.mergekit is not None:
-        result |= run_mergekit(base, tuned, out, arguments.mergekit)
+        ways["mergekit"] = lambda: run_mergekit(base, tuned, out, arguments.mergekit)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, int] = {"import_torch": watch([sys.executable, "-c", "import torch"])}
+    for _ in range(max(arguments.rounds, 1)):
+        for name, way in ways.items():
+            shutil.rmtree(out, ignore_errors=True)
+            settle([base, tuned], arguments.inputs)
+            started = time.perf_counter()
+            peak = way()
+            seconds[name].append(time.perf_counter() - started)
+            if isinstance(peak, int):
+                peaks[name] = max(peak, peaks.get(name, 0))
+    gigabytes = 3 * (base / "model.safetensors").stat().st_size / 1e9
+    result: dict[str, object] = {"gigabytes_moved": round(gigabytes, 2), "inputs": arguments.inputs, **options}
+    result |= {f"{name}_seconds": [round(taken, 2) for taken in all_taken] for name, all_taken in seconds.items()}
+    result |= {f"{name}_peak_mib": peak >> 20 for name, peak in peaks.items()}
+    medians = {name: statistics.median(all_taken) for name, all_taken in seconds.items()}
+    if "move" in medians:
+        result["ratio_to_moving"] = round(medians["subtract"] / medians["move"], 3)
+    if "mergekit" in medians:
+        result["mergekit_to_command"] = round(medians["mergekit"] / medians["command"], 2)
     return result
+
+
+def settle(models: list[Path], inputs: str) -> None:
+    """Let the disk finish what it has to do, and have the models in the page cache, or not."""
+    os.sync()
+    buffer = bytearray(CHUNK_BYTES)
+    for model in models:
+        with (model / "model.safetensors").open("rb", buffering=0) as file:
+            if inputs == "cold":
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.readinto(buffer):
+                    pass
 
 
 def write_model(folder: Path, num_layers: int, seed: int) -> None:
@@ -105,13 +136,6 @@ def _shapes(num_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (VOCABULARY, HIDDEN)
 
 
-def _timed(action: Callable[[], object], out: Path) -> float:
-    shutil.rmtree(out, ignore_errors=True)
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
 def move(base: Path, tuned: Path, out: Path, io: Io) -> None:
     """Read both models and write one, in the same chunks on as many threads."""
     out.mkdir()
@@ -140,18 +164,14 @@ def move(base: Path, tuned: Path, out: Path, io: Io) -> None:
             thread.join()
 
 
-def run_command(base: Path, tuned: Path, out: Path, arguments: argparse.Namespace) -> dict[str, object]:
-    """`flearn delta subtract` as a process: its seconds, imports included, and its peak of anonymous memory."""
-    shutil.rmtree(out, ignore_errors=True)
+def run_command(base: Path, tuned: Path, out: Path, options: Mapping[str, str]) -> int:
+    """`flearn delta subtract` as a process; its peak of anonymous memory in bytes."""
     command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", out]
-    seconds, peak = watch([*command, "--dtype", arguments.dtype, "--rounding", arguments.rounding, "--io", arguments.io])
-    _, bare = watch([sys.executable, "-c", "import torch"])
-    return {"command_seconds": round(seconds, 2), "command_peak_mib": peak >> 20, "import_torch_peak_mib": bare >> 20}
+    return watch([*command, *(word for name, value in options.items() for word in (f"--{name}", value))])
 
 
-def run_mergekit(base: Path, tuned: Path, out: Path, folder: Path) -> dict[str, object]:
-    """The same subtraction by mergekit's task arithmetic."""
-    shutil.rmtree(out, ignore_errors=True)
+def run_mergekit(base: Path, tuned: Path, out: Path, folder: Path) -> int:
+    """The same subtraction by mergekit's task arithmetic; its peak of anonymous memory in bytes."""
     config = {
         "merge_method": "task_arithmetic",
         "base_model": str(base),
@@ -160,20 +180,18 @@ def run_mergekit(base: Path, tuned: Path, out: Path, folder: Path) -> dict[str, 
         "dtype": "bfloat16",
     }
     write_json(out.with_suffix(".yaml"), config)  # JSON is YAML, too
-    seconds, peak = watch([folder / "mergekit-yaml", out.with_suffix(".yaml"), out, "--lazy-unpickle", "--no-copy-tokenizer"])
-    return {"mergekit_seconds": round(seconds, 2), "mergekit_peak_mib": peak >> 20}
+    return watch([folder / "mergekit-yaml", out.with_suffix(".yaml"), out, "--lazy-unpickle", "--no-copy-tokenizer"])
 
 
-def watch(command: list[object]) -> tuple[float, int]:
-    """Run a command to its end: the seconds it took, and its highest anonymous memory in bytes, sampled from /proc."""
-    started = time.perf_counter()
+def watch(command: list[object]) -> int:
+    """Run a command to its end; its highest anonymous memory in bytes, sampled from /proc."""
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
         time.sleep(0.01)
     assert process.returncode == 0, command
-    return time.perf_counter() - started, peak
+    return peak
 
 
 def anonymous_bytes(pid: int) -> int:

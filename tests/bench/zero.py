@@ -15,7 +15,8 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,20 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     num_weights = write_checkpoint(base, checkpoint, arguments.stage, arguments.ranks)
     result: dict[str, object] = {"weights": num_weights, "stage": arguments.stage, "ranks": arguments.ranks}
     command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", checkpoint, "--scale", "0.3", "--out", out]
-    seconds, peak = watch([*command, "--dtype", "bfloat16"])
-    _, bare = watch([sys.executable, "-c", "import torch"])
-    result |= {"subtract_seconds": round(seconds, 2), "subtract_peak_mib": peak >> 20, "import_torch_peak_mib": bare >> 20}
+    ways: dict[str, Callable[[], int]] = {
+        "import_torch": lambda: watch([sys.executable, "-c", "import torch"]),
+        "subtract": lambda: watch([*command, "--dtype", "bfloat16"]),
+    }
     if not arguments.only_ours:
-        seconds, peak = watch([sys.executable, "-c", CONSOLIDATE, checkpoint, folder / "consolidated"])
-        result |= {"zero_to_fp32_seconds": round(seconds, 2), "zero_to_fp32_peak_mib": peak >> 20}
-        if arguments.mergekit is not None:
+        ways["zero_to_fp32"] = lambda: watch([sys.executable, "-c", CONSOLIDATE, checkpoint, folder / "consolidated"])
+    if not arguments.only_ours and arguments.mergekit is not None:
+        ways["mergekit"] = lambda: run_mergekit(base, folder / "consolidated", folder / "merged", arguments.mergekit)
+    for name, way in ways.items():
+        if name == "mergekit":  # zero_to_fp32 leaves weights alone
             shutil.copy(base / "config.json", folder / "consolidated")
-            result |= run_mergekit(base, folder / "consolidated", out, arguments.mergekit)
+        started = time.perf_counter()
+        peak = way()
+        result |= {f"{name}_seconds": round(time.perf_counter() - started, 2), f"{name}_peak_mib": peak >> 20}
     return result
 
 

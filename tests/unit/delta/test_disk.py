@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from pipeline.delta import disk
 from pipeline.delta.disk import PAGE, InputFile, Io, OutputFile, SliceReader, page_memory, room_for
 from pipeline.delta.floats import of_tensor
+from pipeline.delta.page_cache import is_cached, tells_its_pages
 from pipeline.errors import InputError
 from pipeline.weights.pread import PreadFile
 from pipeline.weights.stored import Piece, StoredSource, StoredTensor
@@ -144,3 +146,61 @@ def test_a_file_system_without_direct_io(tmp_path: Path, monkeypatch: pytest.Mon
     assert not InputFile(tmp_path / "x", "auto").is_direct
     with pytest.raises(InputError, match="--io buffered"):
         InputFile(tmp_path / "x", "direct")
+
+
+def _drop_from_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def _read_bytes_so_far() -> int:
+    """What this process has had read from disks, in bytes (proc(5))."""
+    return int(next(line.split()[1] for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes")))
+
+
+def test_what_lies_in_the_page_cache_is_not_read_from_the_disk(tmp_path: Path) -> None:
+    require_direct(tmp_path)
+    path, num_bytes = tmp_path / "x", disk._LARGE_FILE_BYTES + PAGE
+    path.write_bytes(os.urandom(1 << 20) * (num_bytes >> 20) + b"z" * PAGE)
+    _drop_from_cache(path)
+    right = path.read_bytes()[: 2 * PAGE]
+    memory = page_memory(2 * PAGE)
+    num_read: dict[Io, int] = {}
+    modes: tuple[Io, ...] = ("auto", "direct")
+    for io in modes:
+        before = _read_bytes_so_far()
+        file = InputFile(path, io)
+        file.read_pages(memory, 0, 2 * PAGE)
+        file.close()
+        num_read[io] = _read_bytes_so_far() - before
+        assert bytes(memory) == right
+    assert num_read == {"auto": 0, "direct": 2 * PAGE}
+
+
+def test_what_does_not_lie_there_is_not_brought_there(tmp_path: Path) -> None:
+    require_direct(tmp_path)
+    path = tmp_path / "x"
+    path.write_bytes(b"z" * (disk._LARGE_FILE_BYTES + PAGE))
+    _drop_from_cache(path)
+    file = InputFile(path, "auto")
+    file.read_pages(page_memory(2 * PAGE), 0, 2 * PAGE)
+    file.close()
+    with path.open("rb") as opened:
+        if is_cached(opened.fileno(), 8 * PAGE, PAGE):
+            pytest.skip("this file system keeps its pages")
+        assert not is_cached(opened.fileno(), 0, 2 * PAGE)
+        assert not is_cached(opened.fileno(), path.stat().st_size, PAGE)  # beyond the end
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_others_files_do_not_tell_their_pages() -> None:
+    with tempfile.NamedTemporaryFile() as file:  # in a folder that others can enter
+        os.chmod(file.name, 0o644)
+        assert tells_its_pages(Path(file.name))
+        os.seteuid(65534)
+        try:
+            assert not tells_its_pages(Path(file.name))
+        finally:
+            os.seteuid(0)
