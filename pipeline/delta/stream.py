@@ -32,8 +32,10 @@ from pipeline.weights.shard import Shard
 from pipeline.weights.source import DTYPE_BYTES, TensorSource
 
 MAX_THREADS = 8
-_SCRATCH_BYTES = 64 * BLOCK_ELEMENTS
-"""A thread's intermediate results, stochastic rounding's included."""
+_MAX_COMPUTING = 4
+"""Threads that compute at a time: they keep up with any disk, and more would wait for each other."""
+_SCRATCH_BYTES = 40 * BLOCK_ELEMENTS
+"""A thread's intermediate results; stochastic rounding to float16 takes the most, 35 bytes an element."""
 _DELTA_BYTES = 16
 """Memory for one element of an adapter's change: float64, float32 and a copy."""
 
@@ -90,7 +92,7 @@ class Stream:
         if self._num_threads == 0:
             raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {(per_thread >> 20) + 1}MiB")
         self._idle: SimpleQueue[Arithmetic] = SimpleQueue()
-        for _ in range(min(self._num_threads, len(os.sched_getaffinity(0)))):
+        for _ in range(min(self._num_threads, len(os.sched_getaffinity(0)), _MAX_COMPUTING)):
             self._idle.put(Arithmetic(formula))
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)
