@@ -12,7 +12,7 @@ quickstart: $(READY)
 	$(BIN)/flearn run configs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 test-unit: $(READY)
 	$(BIN)/pytest tests/unit

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms' tests share: tiny models, made once a session."""
+"""What several rooms' tests share: tiny models, made once a session; and which tests stay together when two processes run them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ TINY_TEXTS = [
     " the euro",
     " the kuna",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file share what it sets up, and all jobs on SLURM the ports at which ranks meet."""
+    for item in items:
+        group = item.path.parent if item.path.parent.name == "slurm" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(item.config.rootpath))))
 
 
 @pytest.fixture(scope="session")

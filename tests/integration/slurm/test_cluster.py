@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dev_cluster import CLUSTER, MISSING, ROOT, dev_cluster
+from dev_cluster import CLUSTER, ROOT
+from slurm_chains import needs_slurm
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: see slurm/dev/cluster.sh"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="naming the virtual nodes in /etc/hosts needs root"),
-]
+pytestmark = needs_slurm
 
 SMALL = ["facts.limit=12", "methods=[flearn_ft]", "model.tiny.num_layers=2", "cluster.ranks=2", "cluster.nodes=2"]
 
 
-@pytest.fixture(scope="module")
-def env() -> Iterator[dict[str, str]]:
-    with dev_cluster() as env:
-        yield env
-
-
-def flearn(env: dict[str, str], command: str, *options: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
+def flearn(cluster: dict[str, str], command: str, *options: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
     settings = [part for override in [*SMALL, *overrides] for part in ("--set", override)]
     arguments = [sys.executable, "-m", "launch", command, "configs/quickstart.yaml", "--on", "slurm", *options, *settings]
-    return subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(arguments, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=300)
 
 
-def queue(env: dict[str, str]) -> str:
-    return subprocess.run(["squeue", "--noheader"], env=env, capture_output=True, text=True, check=True).stdout
+def queue(cluster: dict[str, str]) -> str:
+    return subprocess.run(["squeue", "--noheader"], env=cluster, capture_output=True, text=True, check=True).stdout
 
 
-def is_empty(env: dict[str, str]) -> bool:
+def is_empty(cluster: dict[str, str]) -> bool:
     """Whether SLURM has no jobs. A job that has ended is in its queue for a moment more, completing."""
     deadline = time.monotonic() + 30
-    while queue(env) and time.monotonic() < deadline:
+    while queue(cluster) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return not queue(env)
+    return not queue(cluster)
 
 
 def findings(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]]:
@@ -52,8 +41,8 @@ def findings(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str
     return {line[6:].partition(": ")[0]: (line[:4].strip(), line[6:].partition(": ")[2]) for line in lines}
 
 
-def test_doctor_on_a_healthy_cluster(env: dict[str, str], tmp_path: Path) -> None:
-    done = flearn(env, "doctor", overrides=[f"cluster.runs_dir={tmp_path}", "cluster.forget_parts=3"])
+def test_doctor_on_a_healthy_cluster(cluster: dict[str, str], tmp_path: Path) -> None:
+    done = flearn(cluster, "doctor", overrides=[f"cluster.runs_dir={tmp_path}", "cluster.forget_parts=3"])
     assert done.returncode == 0, done.stdout + done.stderr
     found = findings(done)
     assert {state for state, _ in found.values()} == {"ok"}, done.stdout
@@ -62,7 +51,7 @@ def test_doctor_on_a_healthy_cluster(env: dict[str, str], tmp_path: Path) -> Non
     assert f"{tmp_path} is the same on n1, n2" in found["shared folder"][1]
     assert found["signals"] == ("ok", "SIGUSR2 reached every rank")
     assert "a rank of" in found["teach"][1]
-    assert not list(tmp_path.iterdir()) and is_empty(env)
+    assert not list(tmp_path.iterdir()) and is_empty(cluster)
 
 
 @pytest.mark.parametrize(
@@ -75,23 +64,23 @@ def test_doctor_on_a_healthy_cluster(env: dict[str, str], tmp_path: Path) -> Non
         ("srun_args: [--container-image=x]", "probe job", "unrecognized option '--container-image=x'"),
     ],
 )
-def test_doctor_names_what_is_wrong_with_a_site(env: dict[str, str], tmp_path: Path, site: str, check: str, said: str) -> None:
+def test_doctor_names_what_is_wrong_with_a_site(cluster: dict[str, str], tmp_path: Path, site: str, check: str, said: str) -> None:
     (tmp_path / "site.yaml").write_text(site + "\n")
-    done = flearn(env, "doctor", overrides=[f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={tmp_path / 'site.yaml'}"])
+    done = flearn(cluster, "doctor", overrides=[f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={tmp_path / 'site.yaml'}"])
     assert done.returncode == 1, done.stdout + done.stderr
     failed = {check: found for check, (state, found) in findings(done).items() if state == "fail"}
     assert failed.keys() == {check} and said in failed[check], done.stdout
-    assert is_empty(env)
+    assert is_empty(cluster)
 
 
-def test_an_interrupted_doctor_leaves_nothing(env: dict[str, str], tmp_path: Path) -> None:
+def test_an_interrupted_doctor_leaves_nothing(cluster: dict[str, str], tmp_path: Path) -> None:
     runs_dir = tmp_path / "made" / "runs"
     options = ["--on", "slurm", "--set", "cluster.ranks=2", "--set", "cluster.nodes=2", "--set", f"cluster.runs_dir={runs_dir}"]
     command = [sys.executable, "-m", "launch", "doctor", "configs/quickstart.yaml", *options]
     doctor = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=env,
+        env=cluster,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -101,24 +90,24 @@ def test_an_interrupted_doctor_leaves_nothing(env: dict[str, str], tmp_path: Pat
     while not list(runs_dir.glob(".doctor-*/rank*.json")):
         assert time.monotonic() < deadline and doctor.poll() is None
         time.sleep(0.05)
-    assert " R " in queue(env)
+    assert " R " in queue(cluster)
     doctor.send_signal(signal.SIGINT)
     assert doctor.wait(60) == 130, doctor.communicate()
-    assert not list(tmp_path.iterdir()) and is_empty(env)
+    assert not list(tmp_path.iterdir()) and is_empty(cluster)
 
 
-def test_submitting_from_python(env: dict[str, str], tmp_path: Path) -> None:
+def test_submitting_from_python(cluster: dict[str, str], tmp_path: Path) -> None:
     code = f"""
 from launch import submit
 run = submit("configs/quickstart.yaml", {[*SMALL, f"cluster.runs_dir={tmp_path}"]!r})
 print(run.run_dir, *run.jobs)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=cluster, capture_output=True, text=True, check=True)
     run_dir, *steps = done.stdout.split()
     assert run_dir == str(tmp_path / "quickstart") and len(steps) == 11
-    assert len(queue(env).splitlines()) >= len(steps) - 1
-    subprocess.run([sys.executable, "-m", "launch", "cancel", run_dir], cwd=ROOT, env=env, check=True)
-    assert is_empty(env), queue(env)
+    assert len(queue(cluster).splitlines()) >= len(steps) - 1
+    subprocess.run([sys.executable, "-m", "launch", "cancel", run_dir], cwd=ROOT, env=cluster, check=True)
+    assert is_empty(cluster), queue(cluster)
 
 
 @pytest.mark.parametrize(
@@ -129,20 +118,20 @@ print(run.run_dir, *run.jobs)
         ("facts.path=/nowhere/facts.json", "facts.path: no such file or folder: /nowhere/facts.json"),
     ],
 )
-def test_a_missing_folder_is_one_line(env: dict[str, str], tmp_path: Path, override: str, said: str) -> None:
+def test_a_missing_folder_is_one_line(cluster: dict[str, str], tmp_path: Path, override: str, said: str) -> None:
     for command in ("run", "doctor"):
-        done = flearn(env, command, overrides=[f"cluster.runs_dir={tmp_path}", override])
-        assert done.returncode == 2 and is_empty(env), done.stdout + done.stderr
+        done = flearn(cluster, command, overrides=[f"cluster.runs_dir={tmp_path}", override])
+        assert done.returncode == 2 and is_empty(cluster), done.stdout + done.stderr
         assert done.stderr.startswith("flearn: ") and done.stderr.count("\n") == 1 and said.removesuffix("/quickstart") in done.stderr
 
 
-def test_an_unreachable_controller_is_one_line(env: dict[str, str], tmp_path: Path) -> None:
-    subprocess.run([str(CLUSTER), "down"], env=env, check=True, timeout=60)
+def test_an_unreachable_controller_is_one_line(cluster: dict[str, str], tmp_path: Path) -> None:
+    subprocess.run([str(CLUSTER), "down"], env=cluster, check=True, timeout=60)
     try:
-        done = flearn(env, "run", overrides=[f"cluster.runs_dir={tmp_path}"])
+        done = flearn(cluster, "run", overrides=[f"cluster.runs_dir={tmp_path}"])
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert done.stderr.startswith("flearn: SLURM's controller does not answer")
-        done = flearn(env, "doctor", overrides=[f"cluster.runs_dir={tmp_path}"])
+        done = flearn(cluster, "doctor", overrides=[f"cluster.runs_dir={tmp_path}"])
         assert done.returncode == 1 and findings(done)["SLURM"][0] == "fail"
     finally:
-        subprocess.run([str(CLUSTER), "up"], env=env, check=True, timeout=60)
+        subprocess.run([str(CLUSTER), "up"], env=cluster, check=True, timeout=60)

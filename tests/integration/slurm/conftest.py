@@ -1,0 +1,41 @@
+"""A cluster for each file of these tests, and what their chains are compared with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from dev_cluster import dev_cluster
+from slurm_chains import ZERO, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[dict[str, str]]:
+    """A dev cluster of this file's own; the environment of its users, which ours becomes."""
+    before = dict(os.environ)
+    try:
+        with dev_cluster() as env:
+            os.environ.update(env)
+            yield env
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a `flearn` that starts this checkout, as an installation would."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "flearn").write_text(f'#!/bin/sh\nexec {sys.executable} -m launch "$@"\n')
+    (folder / "flearn").chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """`undisturbed(2)`: the folder of the run with ZeRO-2, as processes of this machine."""
+    return cache(lambda stage: run(tmp_path_factory.mktemp(f"here{stage}"), "here", *ZERO[stage]))

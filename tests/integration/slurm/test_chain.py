@@ -1,0 +1,109 @@
+"""Chains of jobs give the figures of a run here; refusals, failing stages and sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from dev_cluster import ROOT
+from slurm_chains import ZERO, digests, figures, flearn, in_queue, needs_slurm, run, settings, slurm, status, status_text, wait_until
+
+pytestmark = needs_slurm
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory: pytest.TempPathFactory, command: Path) -> dict[int, Path]:
+    """The whole run by `sbatch slurm/flearn_llama7b.sh`, with ZeRO-2 and, side by side, ZeRO-3; each forgetting in three parts."""
+    os.environ["PATH"] = f"{command}:{os.environ['PATH']}"
+    found = {}
+    for stage, deepspeed in ZERO.items():
+        runs = tmp_path_factory.mktemp(f"zero{stage}")
+        arguments = settings(runs, *deepspeed, "cluster.forget_parts=3")
+        slurm(
+            "sbatch",
+            f"--chdir={ROOT}",
+            f"--output={runs}/submit.log",
+            str(ROOT / "slurm/flearn_llama7b.sh"),
+            "configs/quickstart.yaml",
+            *arguments,
+        )
+        found[stage] = runs / "quickstart"
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_chain_gives_the_figures_of_a_run_here(chains: dict[int, Path], undisturbed: Callable[[int], Path], stage: int) -> None:
+    run_dir, right = chains[stage], undisturbed(stage)
+    what = f"{(run_dir.parent / 'submit.log').read_text()} {status_text(run_dir)}"
+    wait_until(lambda: (run_dir / "results.json").exists(), what, 600)
+    assert figures(run_dir) == figures(right)
+    assert any(row["reliability"] for row in figures(run_dir))
+    assert digests(run_dir) == digests(right)
+    assert len(list(run_dir.glob("forget-*/part-?-of-3.json"))) == 3 * len(digests(run_dir))
+    assert {row["state"] for row in status(run_dir).values()} == {"done"}
+    assert "flearn status" in (run_dir.parent / "submit.log").read_text()
+    again = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *settings(run_dir.parent, *ZERO[stage], "cluster.forget_parts=3"))
+    assert "nothing to submit" in again.stdout
+
+
+def test_on_local_gives_the_same(undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+    assert figures(run(tmp_path, "local", *ZERO[2])) == figures(undisturbed(2))
+
+
+def test_a_failing_stage_says_why_and_the_later_ones_are_cancelled(tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "slurm", "teach.max_length=2")
+    wait_until(lambda: not in_queue(run_dir), "the end of the chain")
+    found = status(run_dir)
+    assert found["teach"]["state"] == "failed"
+    assert "max_length" in found["teach"]["note"] and "rank" in found["teach"]["note"], found["teach"]
+    assert Path(found["teach"]["note"].rpartition("(see ")[2].rstrip(")")).is_file()
+    teach = next(id for id in found if id.startswith("teach-"))
+    assert found["tune_old"] == found["tune_old"] | {"state": "cancelled", "note": f"needs {teach}"}
+    assert {row["state"] for row in found.values()} == {"done", "failed", "cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("site", "override", "said"),
+    [
+        ("partition: nowhere", "seed=0", "invalid partition"),
+        ("account: nobody", "seed=0", "Invalid account"),
+        ("partition: debug", "cluster.nodes=4", "Node count specification invalid"),
+    ],
+)
+def test_refused_is_one_line_and_leaves_nothing_in_the_queue(tmp_path: Path, site: str, override: str, said: str) -> None:
+    (tmp_path / "site.yaml").write_text(site + "\n")
+    before = slurm("squeue", "--noheader", "--format=%F")
+    overrides = [f"cluster.site={tmp_path / 'site.yaml'}", "cluster.ranks=4", override]
+    done = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *settings(tmp_path, *overrides))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+    wait_until(lambda: set(slurm("squeue", "--noheader", "--format=%F").split()) <= set(before.split()), "an empty queue", 30)
+
+
+def test_a_sweep_shares_what_it_can(tmp_path: Path) -> None:
+    methods = "methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]"
+    run_dir = run(tmp_path, "slurm", methods, "forget.scale=0.1")
+    first = json.loads((run_dir / "jobs.json").read_text())
+    run(tmp_path, "slurm", methods, "forget.scale=0.2")
+    after = json.loads((run_dir / "jobs.json").read_text())
+    assert len(after) > 30
+    assert {step: after[step] for step in first} == first
+    assert {step.rpartition("-")[0] for step in after.keys() - first.keys()} == {"forget", "learn", "evaluate", "report"}
+    found = json.loads(flearn("status", str(run_dir), "--json").stdout)
+    assert {row["id"] for row in found} == after.keys()
+    assert flearn("cancel", str(run_dir)).returncode == 0
+    wait_until(lambda: not in_queue(run_dir), "an empty queue")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").glob("*.sh")))
+def test_every_script_is_accepted_and_refuses_bash(script: str) -> None:
+    options = ["--ntasks-per-node=2", "--cpus-per-task=1"] if script == "single_allocation.sh" else []
+    slurm("sbatch", "--test-only", *options, str(ROOT / "slurm" / script))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_JOB")}
+    done = subprocess.run(["bash", f"slurm/{script}"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "submit it with: sbatch" in done.stderr

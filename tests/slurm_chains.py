@@ -1,0 +1,131 @@
+"""Chains of jobs on a real SLURM: begun, watched, and compared by what they made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dev_cluster import MISSING, ROOT
+
+needs_slurm = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: see slurm/dev/cluster.sh"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="naming the virtual nodes in /etc/hosts needs root"),
+]
+
+# The quickstart with one method, few facts, and fine-tunings that are long enough to be disturbed.
+SMALL = [
+    "facts.limit=12",
+    "methods=[flearn_ft]",
+    "model.tiny.num_layers=2",
+    "teach.epochs=60",
+    "full.epochs=60",
+    "full.checkpoint_every_steps=10",
+    "evaluate.max_new_tokens=4",
+    "evaluate.protocols=[token]",
+    "forget.max_shard_size=1MB",
+    "cluster.ranks=2",
+    "cluster.nodes=2",
+]
+ZERO = {stage: [f"{name}.deepspeed=configs/deepspeed/zero{stage}.json" for name in ("teach", "full", "lora")] for stage in (2, 3)}
+# One of the two has all methods, and nothing that has to be long.
+ZERO[3] += ["methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]", "teach.epochs=30", "full.epochs=20", "lora.epochs=20"]
+
+
+def settings(runs: Path, *overrides: str) -> list[str]:
+    return [part for s in [*SMALL, f"cluster.runs_dir={runs}", *overrides] for part in ("--set", s)]
+
+
+def flearn(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
+
+
+def run(runs: Path, on: str, *overrides: str) -> Path:
+    done = flearn("run", "configs/quickstart.yaml", "--on", on, *settings(runs, *overrides))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs / "quickstart"
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def status_text(run_dir: Path) -> str:
+    return flearn("status", str(run_dir)).stdout
+
+
+def status(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """By step id, or by stage where there is one of it."""
+    rows = json.loads(flearn("status", str(run_dir), "--json").stdout)
+    return {row["id"]: row for row in rows} | {row["id"].rpartition("-")[0]: row for row in rows}
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+    return found
+
+
+def figures(run_dir: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((run_dir / "results.json").read_text())["rows"]
+    return rows
+
+
+def learned(run_dir: Path) -> bytes:
+    (path,) = run_dir.glob("learn-*/model/*.safetensors")
+    return path.read_bytes()
+
+
+def digests(run_dir: Path) -> dict[str, dict[str, str]]:
+    """By subtraction, those of its tensors."""
+    made = {path.parts[-3]: json.loads(path.read_text()) for path in run_dir.glob("forget-*/model/manifest.json")}
+    return {step: {name: tensor["blake3"] for name, tensor in manifest["tensors"].items()} for step, manifest in made.items()}
+
+
+def in_queue(run_dir: Path) -> str:
+    """Jobs of this run that SLURM has not ended."""
+    ids = re.findall(r"\d+", (run_dir / "jobs.json").read_text().partition("{")[2]) if (run_dir / "jobs.json").exists() else []
+    return "".join(line for line in slurm("squeue", "--noheader", "--format=%F %T").splitlines() if line.split()[0] in ids)
+
+
+def num_steps(runs: Path) -> int:
+    """That `learn` has done."""
+    return sum(path.read_bytes().count(b"\n") for path in runs.glob("quickstart/learn-*/steps.jsonl"))
+
+
+def copy_before(stage: str, reference: Path, run_dir: Path) -> None:
+    """Begin a run with what the reference run made, but for `stage` and what follows from it."""
+    left_out: set[str] = set()
+    for step in json.loads((reference / "plan.json").read_text())["steps"]:
+        if step["stage"] == stage or left_out & set(step["inputs"].values()):
+            left_out.add(step["id"])
+        else:
+            shutil.copytree(reference / step["id"], run_dir / step["id"])
+
+
+def find_process(wanted: set[bytes]) -> int:
+    """The Python process of a job with these variables in its environment; 0 if there is none."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            program, *arguments = (process / "cmdline").read_bytes().split(b"\0")
+            if (
+                b"python" in program
+                and b"submitit.core._submit" in arguments
+                and wanted <= set((process / "environ").read_bytes().split(b"\0"))
+            ):
+                return int(process.name)
+        except OSError:
+            continue
+    return 0
