@@ -24,6 +24,7 @@ TINY_TEXTS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file share what it sets up, and all jobs on SLURM the ports at which ranks meet."""
     for item in items:
