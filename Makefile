@@ -12,7 +12,7 @@ quickstart: $(READY)
 	$(BIN)/flearn run configs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest --numprocesses 2
 
 test-unit: $(READY)
 	$(BIN)/pytest tests/unit

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from pipeline.config import TinyModel
 
@@ -24,12 +26,17 @@ TINY_TEXTS = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class ByFile(LoadFileScheduling):
     """Tests of one file share what it sets up, and all jobs on SLURM the ports at which ranks meet."""
-    for item in items:
-        group = item.path.parent if item.path.parent.name == "slurm" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(item.config.rootpath))))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = PurePath(nodeid.partition("::")[0])
+        return str(file.parent if file.parent.name == "slurm" else file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    """Which tests stay together where several processes run them."""
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
