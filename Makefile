@@ -12,7 +12,7 @@ quickstart: $(READY)
 	$(BIN)/flearn run configs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder
 
 test-unit: $(READY)
 	$(BIN)/pytest tests/unit

@@ -1,7 +1,7 @@
 """Reading and writing past the page cache (O_DIRECT), into memory that is ours: half the work for bytes that are met once.
 
 Direct transfers want offsets, lengths and memory in whole pages. A file system that refuses them is read and written
-through the page cache instead, and so, unless `direct` is asked for, is read what lies in the cache already.
+through the page cache instead, and so, with `auto`, may be read what lies in the cache already.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ def _pages_up(num_bytes: int) -> int:
 class SliceReader:
     """Reads a source's slices into memory that the caller brings; from several threads at once."""
 
-    def __init__(self, source: TensorSource, io: Io) -> None:
+    def __init__(self, source: TensorSource, io: Io, *, may_use_cache: bool) -> None:
+        """`may_use_cache`: with `auto`, what lies in the page cache is taken from there. False: the disk's own bytes are wanted."""
         self._source = source
         self._io = io
+        self._may_use_cache = may_use_cache
         self._files: dict[Path, InputFile] = {}
         self._lock = threading.Lock()
 
@@ -87,7 +89,7 @@ class SliceReader:
     def _file(self, path: Path) -> InputFile:
         with self._lock:
             if path not in self._files:
-                self._files[path] = InputFile(path, self._io)
+                self._files[path] = InputFile(path, self._io, self._may_use_cache)
             return self._files[path]
 
     def close(self) -> None:
@@ -98,10 +100,10 @@ class SliceReader:
 class InputFile:
     """A file opened for reading, past the page cache where that is wanted and can be had."""
 
-    def __init__(self, path: Path, io: Io) -> None:
+    def __init__(self, path: Path, io: Io, may_use_cache: bool) -> None:
         self._buffered = PreadFile(path)
         self._direct = _open_direct(path, os.O_RDONLY, io, self._buffered.size)
-        self._asks_cache = io == "auto" and tells_its_pages(path)
+        self._asks_cache = may_use_cache and io == "auto" and self._direct is not None and tells_its_pages(path, self._direct)
 
     @property
     def is_direct(self) -> bool:

@@ -12,9 +12,12 @@ import numpy as np
 _LIBC = ctypes.CDLL(None)
 
 
-def tells_its_pages(path: Path) -> bool:
-    """Whether the kernel says which pages are there: of others' files that we cannot write, Linux says that all are (mincore(2))."""
-    return path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK, effective_ids=True)
+def tells_its_pages(path: Path, descriptor: int) -> bool:
+    """Whether the kernel says which pages of this open file are there.
+
+    Of somebody else's file that we cannot write, Linux says since 5.2 that all are.
+    """
+    return os.fstat(descriptor).st_uid == os.geteuid() or os.access(path, os.W_OK, effective_ids=True)
 
 
 def is_cached(descriptor: int, offset: int, num_bytes: int) -> bool:

@@ -32,9 +32,7 @@ from pipeline.weights.shard import Shard
 from pipeline.weights.source import DTYPE_BYTES, TensorSource
 
 MAX_THREADS = 8
-_MAX_COMPUTING = 4
-"""Threads that compute at a time: they keep up with any disk, and more would wait for each other."""
-_SCRATCH_BYTES = 40 * BLOCK_ELEMENTS
+_SCRATCH_BYTES = 36 * BLOCK_ELEMENTS
 """A thread's intermediate results; stochastic rounding to float16 takes the most, 35 bytes an element."""
 _DELTA_BYTES = 16
 """Memory for one element of an adapter's change: float64, float32 and a copy."""
@@ -84,7 +82,7 @@ class Stream:
     def __init__(self, plan: Plan, base: TensorSource, tuned: TensorSource, formula: Formula, memory_bytes: int, io: Io) -> None:
         """Raises InputError if `memory_bytes` is too little for one thread."""
         self._plan = plan
-        self._base, self._tuned = SliceReader(base, io), SliceReader(tuned, io)
+        self._base, self._tuned = (SliceReader(source, io, may_use_cache=True) for source in (base, tuned))
         self._adapter = tuned if isinstance(tuned, AdapterSource) else None
         self._base_room, self._tuned_room = _rooms(plan, tuned)
         per_thread = chunks.CHUNK_BYTES + self._base_room + self._tuned_room + _SCRATCH_BYTES
@@ -92,7 +90,7 @@ class Stream:
         if self._num_threads == 0:
             raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {(per_thread >> 20) + 1}MiB")
         self._idle: SimpleQueue[Arithmetic] = SimpleQueue()
-        for _ in range(min(self._num_threads, len(os.sched_getaffinity(0)), _MAX_COMPUTING)):
+        for _ in range(min(self._num_threads, len(os.sched_getaffinity(0)))):
             self._idle.put(Arithmetic(formula))
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)

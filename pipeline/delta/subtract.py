@@ -77,7 +77,8 @@ def subtract(
         seed: Of stochastic rounding.
         max_shard_size: Such as `2GB`.
         memory: The most to use besides Python and its libraries, such as `256MiB`.
-        io: `direct` past the page cache, `buffered` through it; `auto`: direct for large files where it can be had.
+        io: `direct` past the page cache, `buffered` through it; `auto`: direct for large files
+            where it can be had, but what the cache holds of the inputs is taken from there.
         undoes: Whether this takes back an earlier subtraction, so that what survives of the change does not matter.
         part: (i, n): do the i-th of n parts (from 1). The one that finishes last completes `out`.
 

@@ -25,6 +25,7 @@ import torch
 from pipeline.artifact import write_json
 from pipeline.delta.chunks import CHUNK_BYTES
 from pipeline.delta.disk import InputFile, Io, OutputFile, page_memory
+from pipeline.delta.page_cache import is_cached
 from pipeline.delta.stream import MAX_THREADS
 from pipeline.delta.subtract import subtract
 from pipeline.weights.shard import ShardWriter
@@ -35,8 +36,8 @@ HIDDEN, INNER, KEYS, VOCABULARY = 2048, 5632, 256, 32000
 
 def main() -> None:
     arguments = _parse()
-    if arguments.mergekit is not None and not (arguments.mergekit / "mergekit-yaml").exists():
-        sys.exit(f"{arguments.mergekit / 'mergekit-yaml'}: is not there")
+    if arguments.mergekit is not None:
+        require_mergekit(arguments.mergekit)
     folder = Path(tempfile.mkdtemp(prefix="bench-subtract-", dir=arguments.folder))
     try:
         print(json.dumps(measure(folder, arguments)))
@@ -47,7 +48,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="of a Llama of width 2048 (22 make 1.1B weights)")
-    parser.add_argument("--rounds", type=int, default=3, help="0: only the command's memory")
+    parser.add_argument("--rounds", type=int, default=3, help="0: only the command, and mergekit where it is given, once")
     parser.add_argument("--inputs", default="cold", choices=["cold", "cached"], help="where both models are: on disk, or in the page cache")
     parser.add_argument("--dtype", default="same")
     parser.add_argument("--rounding", default="nearest")
@@ -103,6 +104,8 @@ def settle(models: list[Path], inputs: str) -> None:
             else:
                 while file.readinto(buffer):
                     pass
+            if is_cached(file.fileno(), 0, os.fstat(file.fileno()).st_size) != (inputs == "cached"):
+                sys.exit(f"{file.name}: cannot be had {inputs} here; try another --folder")
 
 
 def write_model(folder: Path, num_layers: int, seed: int) -> None:
@@ -139,7 +142,7 @@ def _shapes(num_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 def move(base: Path, tuned: Path, out: Path, io: Io) -> None:
     """Read both models and write one, in the same chunks on as many threads."""
     out.mkdir()
-    sources = [InputFile(folder / "model.safetensors", io) for folder in (base, tuned)]
+    sources = [InputFile(folder / "model.safetensors", io, may_use_cache=True) for folder in (base, tuned)]
     num_bytes = (base / "model.safetensors").stat().st_size
     offsets = iter(range(0, num_bytes, CHUNK_BYTES))
     lock = threading.Lock()
@@ -168,6 +171,11 @@ def run_command(base: Path, tuned: Path, out: Path, options: Mapping[str, str]) 
     """`flearn delta subtract` as a process; its peak of anonymous memory in bytes."""
     command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", out]
     return watch([*command, *(word for name, value in options.items() for word in (f"--{name}", value))])
+
+
+def require_mergekit(folder: Path) -> None:
+    if not (folder / "mergekit-yaml").is_file():
+        sys.exit(f"{folder / 'mergekit-yaml'}: is not there")
 
 
 def run_mergekit(base: Path, tuned: Path, out: Path, folder: Path) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from subtract import run_mergekit, watch, write_model
+from subtract import require_mergekit, run_mergekit, watch, write_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from zero_checkpoint import Checkpoint
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path, metavar="DIR", help="a folder that has mergekit-yaml")
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
     arguments = parser.parse_args()
+    if arguments.mergekit is not None:
+        require_mergekit(arguments.mergekit)
     folder = Path(tempfile.mkdtemp(prefix="bench-zero-", dir=arguments.folder))
     try:
         print(json.dumps(measure(folder, arguments)))
@@ -60,21 +63,31 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     num_weights = write_checkpoint(base, checkpoint, arguments.stage, arguments.ranks)
     result: dict[str, object] = {"weights": num_weights, "stage": arguments.stage, "ranks": arguments.ranks}
     command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", checkpoint, "--scale", "0.3", "--out", out]
-    ways: dict[str, Callable[[], int]] = {
-        "import_torch": lambda: watch([sys.executable, "-c", "import torch"]),
-        "subtract": lambda: watch([*command, "--dtype", "bfloat16"]),
-    }
-    if not arguments.only_ours:
-        ways["zero_to_fp32"] = lambda: watch([sys.executable, "-c", CONSOLIDATE, checkpoint, folder / "consolidated"])
-    if not arguments.only_ours and arguments.mergekit is not None:
-        ways["mergekit"] = lambda: run_mergekit(base, folder / "consolidated", folder / "merged", arguments.mergekit)
-    for name, way in ways.items():
-        if name == "mergekit":  # zero_to_fp32 leaves weights alone
-            shutil.copy(base / "config.json", folder / "consolidated")
-        started = time.perf_counter()
-        peak = way()
-        result |= {f"{name}_seconds": round(time.perf_counter() - started, 2), f"{name}_peak_mib": peak >> 20}
+    _, bare = _timed(lambda: watch([sys.executable, "-c", "import torch"]))
+    seconds, peak = _timed(lambda: watch([*command, "--dtype", "bfloat16"]))
+    result |= {"import_torch_peak_mib": bare, "subtract_seconds": seconds, "subtract_peak_mib": peak}
+    if arguments.only_ours:
+        return result
+    shutil.rmtree(out)
+    consolidated = folder / "consolidated"
+    seconds, peak = _timed(lambda: watch([sys.executable, "-c", CONSOLIDATE, checkpoint, consolidated]))
+    result |= {"zero_to_fp32_seconds": seconds, "zero_to_fp32_peak_mib": peak}
+    if arguments.mergekit is not None:
+        shutil.copy(base / "config.json", consolidated)  # zero_to_fp32 writes nothing but weights
+        seconds, peak = _timed(lambda: run_mergekit(base, consolidated, out, arguments.mergekit))
+        result |= {"mergekit_seconds": seconds, "mergekit_peak_mib": peak}
     return result
+
+
+def _timed(way: Callable[[], int]) -> tuple[float, int]:
+    """Seconds and MiB of something that returns its peak in bytes, begun when the disk has done what was left to do.
+
+    Its inputs lie in the page cache as far as that has room, as a fine-tuning leaves them.
+    """
+    os.sync()
+    started = time.perf_counter()
+    peak = way()
+    return round(time.perf_counter() - started, 2), peak >> 20
 
 
 def write_checkpoint(base: Path, folder: Path, stage: int, num_ranks: int) -> int:

@@ -11,8 +11,9 @@ from delta_models import formula, layered, load, nudged, save, write_pair
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import write_json
+from pipeline.delta import disk
 from pipeline.delta import subtract as module
-from pipeline.delta.disk import OutputFile
+from pipeline.delta.disk import InputFile, Io, OutputFile
 from pipeline.delta.subtract import subtract
 from pipeline.delta.verify import verify
 from pipeline.errors import InputError
@@ -52,6 +53,20 @@ def test_so_has_one_in_16_bits(tmp_path: Path, options: dict[str, Any]) -> None:
     base, tuned = write_pair(tmp_path)
     subtract(base, tuned, 0.7, tmp_path / "out", seed=5, **options)
     assert verify(tmp_path / "out") == ([], [])
+
+
+def test_results_are_read_from_the_disk_wherever_it_can_be(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the page cache, in which they lie: that would not show what has become of the disk's own."""
+    kinds: dict[str, set[bool]] = {}
+
+    class Watched(InputFile):
+        def __init__(self, path: Path, io: Io, may_use_cache: bool) -> None:
+            super().__init__(path, io, may_use_cache)
+            kinds.setdefault(path.parent.name, set()).add(may_use_cache)
+
+    monkeypatch.setattr(disk, "InputFile", Watched)
+    assert verify(out) == ([], [])
+    assert kinds == {"out": {False}, "base": {True}, "tuned": {True}}
 
 
 def test_a_flipped_bit_is_found(out: Path) -> None:

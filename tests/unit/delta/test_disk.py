@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def io(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("lengths", [[200_000], [100_000, 99_999, 70_001, 3], [5, 1, 90_000]])
 def test_slices_are_read_from_wherever_they_lie(tmp_path: Path, io: Io, lengths: list[int], dtype: str) -> None:
     source = Scattered(tmp_path, lengths, [1000, 4096, 12, 8200][: len(lengths)], dtype)
-    reader = SliceReader(source, io)
+    reader = SliceReader(source, io, may_use_cache=True)
     total = sum(lengths)
     for start, stop in [(0, total), (1, total - 1), (total // 2, total // 2 + 1), (total - 40_000, total)]:
         num_bytes = (stop - start) * source.values.element_size()
@@ -68,7 +67,7 @@ def test_slices_are_read_from_wherever_they_lie(tmp_path: Path, io: Io, lengths:
 
 def test_pieces_at_odd_bytes_are_read_through_the_page_cache(tmp_path: Path, io: Io) -> None:
     source = Scattered(tmp_path, [100_000], [1001])
-    read = SliceReader(source, io).read("w", 0, 100_000, page_memory(room_for(400_000)))
+    read = SliceReader(source, io, may_use_cache=True).read("w", 0, 100_000, page_memory(room_for(400_000)))
     assert np.array_equal(read, source.values.numpy())
     assert read.flags.aligned
 
@@ -78,14 +77,14 @@ def test_short_reads_are_gone_on_with(tmp_path: Path, io: Io, most: int, monkeyp
     source = Scattered(tmp_path, [100_000, 100_000], [10_000, 0])
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, views, offset: whole(file, [views[0][:most]], offset))
-    read = SliceReader(source, io).read("w", 3, 190_000, page_memory(room_for(800_000)))
+    read = SliceReader(source, io, may_use_cache=True).read("w", 3, 190_000, page_memory(room_for(800_000)))
     assert np.array_equal(read, source.values[3:190_000].numpy())
 
 
 def test_a_device_that_wants_larger_pages_is_read_through_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_direct(tmp_path)
     source = Scattered(tmp_path, [100_000], [0])
-    reader = SliceReader(source, "direct")
+    reader = SliceReader(source, "direct", may_use_cache=True)
     whole = os.preadv
     direct: set[int] = set()
 
@@ -110,7 +109,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, io: Io) -> None:
     source = Scattered(tmp_path, [100_000], [0])
     os.truncate(tmp_path / "0.bin", 300_001)
     with pytest.raises(InputError, match=r"0\.bin.*truncated"):
-        SliceReader(source, io).read("w", 0, 100_000, page_memory(room_for(400_000)))
+        SliceReader(source, io, may_use_cache=True).read("w", 0, 100_000, page_memory(room_for(400_000)))
 
 
 @pytest.mark.parametrize("num_bytes", [1, PAGE, 3 * PAGE + 17])
@@ -143,64 +142,88 @@ def test_a_file_system_without_direct_io(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(disk, "_LARGE_FILE_BYTES", 0)
-    assert not InputFile(tmp_path / "x", "auto").is_direct
+    assert not InputFile(tmp_path / "x", "auto", True).is_direct
     with pytest.raises(InputError, match="--io buffered"):
-        InputFile(tmp_path / "x", "direct")
+        InputFile(tmp_path / "x", "direct", True)
 
 
-def _drop_from_cache(path: Path) -> None:
+@pytest.fixture
+def cached(tmp_path: Path) -> Path:
+    """A file of 16 pages, all of them in the page cache; skipped where a page cannot be dropped from it."""
+    require_direct(tmp_path)
+    path = tmp_path / "x"
+    path.write_bytes(os.urandom(16 * PAGE))
+    drop(path)
+    with path.open("rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(PAGE)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            path.read_bytes()
+            return path
+    pytest.skip("this file system keeps its pages")
+
+
+def drop(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
 
 
-def _read_bytes_so_far() -> int:
-    """What this process has had read from disks, in bytes (proc(5))."""
-    return int(next(line.split()[1] for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes")))
+def num_direct(path: Path, io: Io, monkeypatch: pytest.MonkeyPatch, may_use_cache: bool = True) -> int:
+    """How many direct reads it takes to read pages 2 to 9, which are read rightly."""
+    calls: list[int] = []
+    whole = disk._read_direct
 
+    def read(descriptor: int, view: memoryview, offset: int) -> int:
+        calls.append(offset)
+        return whole(descriptor, view, offset)
 
-def test_what_lies_in_the_page_cache_is_not_read_from_the_disk(tmp_path: Path) -> None:
-    require_direct(tmp_path)
-    path, num_bytes = tmp_path / "x", disk._LARGE_FILE_BYTES + PAGE
-    path.write_bytes(os.urandom(1 << 20) * (num_bytes >> 20) + b"z" * PAGE)
-    _drop_from_cache(path)
-    right = path.read_bytes()[: 2 * PAGE]
-    memory = page_memory(2 * PAGE)
-    num_read: dict[Io, int] = {}
-    modes: tuple[Io, ...] = ("auto", "direct")
-    for io in modes:
-        before = _read_bytes_so_far()
-        file = InputFile(path, io)
-        file.read_pages(memory, 0, 2 * PAGE)
+    with monkeypatch.context() as patches:
+        patches.setattr(disk, "_LARGE_FILE_BYTES", 0)
+        patches.setattr(disk, "_read_direct", read)
+        file = InputFile(path, io, may_use_cache)
+        memory = page_memory(8 * PAGE)
+        file.read_pages(memory, 2 * PAGE, 8 * PAGE)
         file.close()
-        num_read[io] = _read_bytes_so_far() - before
-        assert bytes(memory) == right
-    assert num_read == {"auto": 0, "direct": 2 * PAGE}
+    assert bytes(memory) == path.read_bytes()[2 * PAGE : 10 * PAGE]
+    return len(calls)
 
 
-def test_what_does_not_lie_there_is_not_brought_there(tmp_path: Path) -> None:
-    require_direct(tmp_path)
-    path = tmp_path / "x"
-    path.write_bytes(b"z" * (disk._LARGE_FILE_BYTES + PAGE))
-    _drop_from_cache(path)
-    file = InputFile(path, "auto")
-    file.read_pages(page_memory(2 * PAGE), 0, 2 * PAGE)
-    file.close()
-    with path.open("rb") as opened:
-        if is_cached(opened.fileno(), 8 * PAGE, PAGE):
-            pytest.skip("this file system keeps its pages")
-        assert not is_cached(opened.fileno(), 0, 2 * PAGE)
-        assert not is_cached(opened.fileno(), path.stat().st_size, PAGE)  # beyond the end
+def test_what_lies_in_the_page_cache_is_taken_from_there(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_direct(cached, "auto", monkeypatch) == 0
+    assert num_direct(cached, "direct", monkeypatch) == 1
+    assert num_direct(cached, "auto", monkeypatch, may_use_cache=False) == 1
+
+
+@pytest.mark.parametrize("pages", [range(0), range(2, 9), range(3, 10), range(2, 10, 2)])
+def test_what_lies_there_only_in_part_is_not(cached: Path, monkeypatch: pytest.MonkeyPatch, pages: range) -> None:
+    drop(cached)
+    with cached.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+        for page in pages:
+            os.pread(file.fileno(), PAGE, page * PAGE)
+    assert num_direct(cached, "auto", monkeypatch) == 1
+
+
+def test_asking_brings_nothing_into_the_cache(cached: Path) -> None:
+    drop(cached)
+    with cached.open("rb") as file:
+        assert not is_cached(file.fileno(), 0, 16 * PAGE)
+        assert not any(is_cached(file.fileno(), page * PAGE, PAGE) for page in range(16))
+        assert not is_cached(file.fileno(), 16 * PAGE, PAGE)  # beyond the end
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_others_files_do_not_tell_their_pages() -> None:
-    with tempfile.NamedTemporaryFile() as file:  # in a folder that others can enter
-        os.chmod(file.name, 0o644)
-        assert tells_its_pages(Path(file.name))
+def test_others_files_do_not_tell_their_pages(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop(cached)
+    with cached.open("rb") as file:
+        assert tells_its_pages(cached, file.fileno())
         os.seteuid(65534)
         try:
-            assert not tells_its_pages(Path(file.name))
+            assert not tells_its_pages(cached, file.fileno())
         finally:
             os.seteuid(0)
+    cached.read_bytes()
+    monkeypatch.setattr(disk, "tells_its_pages", lambda path, descriptor: False)
+    assert num_direct(cached, "auto", monkeypatch) == 1
