@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import InputError
@@ -15,6 +17,11 @@ from pipeline.weights.torch_bin import TorchBinSource
 from pipeline.weights.writer import INCOMPLETE
 from pipeline.weights.zero import ZeroSource
 from pipeline.weights.zero_files import is_zero_folder
+
+_OF_LORA = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|base_layer)(\.|$)")
+"""PEFT's names inside a running model, and of an adapter's factors."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_TORCH_TYPES = (".bin", ".pt", ".pth")
 
 
 def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSource:
@@ -30,7 +37,7 @@ def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSou
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder{_hub_advice(path)}")
     if (path / INCOMPLETE).exists():
         raise InputError(f"{path}: is not whole, the run that was writing it did not finish; run it again")
     if (path / adapter_config.FILE_NAME).is_file():
@@ -41,6 +48,7 @@ def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSou
     if not source.tensors:
         raise InputError(f"{path}: holds no tensors")
     if base is not None:
+        _require_whole(path, source.tensors, base)
         source.rename(align_to_base([*source.tensors, *source.aliases], base))
     return source
 
@@ -51,7 +59,32 @@ def _open_stored(path: Path) -> StoredSource:
         return ZeroSource(path)
     if path.suffix == ".safetensors" or any(path.glob("*.safetensors*")):
         return SafetensorsSource(path)
-    if path.suffix in (".bin", ".pt", ".pth") or any(path.glob("pytorch_model*.bin*")):
+    if path.suffix in _TORCH_TYPES or any(path.glob("pytorch_model*.bin*")):
         return TorchBinSource(path)
+    saves = [str(child) for child in sorted(path.iterdir()) if child.is_dir() and is_zero_folder(child)] if path.is_dir() else []
+    if saves:
+        raise InputError(f"{path}: has no file `latest` that names one of its checkpoints; give the one that you mean: {', '.join(saves)}")
     looked_for = "*.safetensors, pytorch_model*.bin, adapter_config.json, *_optim_states.pt or latest (DeepSpeed)"
     raise InputError(f"{path}: no weights found; looked for {looked_for}")
+
+
+def _hub_advice(path: Path) -> str:
+    """What to do about a path that is not there, if it may be meant for a model on the hub: `gpt2`, `org/name`."""
+    is_place = str(path.parent) != "." and path.parent.is_dir()
+    if not _HUB_ID.fullmatch(str(path)) or path.suffix in (".safetensors", *_TORCH_TYPES) or is_place:
+        return ""
+    return (
+        f"; weights are read from a local folder: `hf download {path} --local-dir FOLDER` makes one of a model on the hub,"
+        " `flearn models list` names small models that come without it"
+    )
+
+
+def _require_whole(path: Path, names: Iterable[str], base: TensorSource) -> None:
+    """Raises InputError for the names of a LoRA run, whose change is not the tensors' own, unless the base has such names too."""
+    example = next(filter(_OF_LORA.search, names), None)
+    if example is None or any(map(_OF_LORA.search, base.tensors)):
+        return
+    folders = (parent for parent in path.absolute().parents[:2] if (parent / adapter_config.FILE_NAME).is_file())
+    where = next((str(folder) for folder in folders), f"the one with {adapter_config.FILE_NAME}")
+    what = f"holds an adapter or a checkpoint of a LoRA run ({example}), not a whole model"
+    raise InputError(f"{path}: {what}; give the adapter's folder: {where}")
