@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from pipeline.artifact import replacing, sync, write_json
 from pipeline.context import Context
 from pipeline.errors import InputError
@@ -60,7 +62,7 @@ def write_model(
         context: For the progress bar.
 
     Raises:
-        InputError: The disk is too full, `folder` holds other weights, or `extras_from` has links that lead out of it.
+        InputError: The disk is too full, `folder` holds other weights, or what belongs to `extras_from` is damaged or leads out of it.
     """
     if extras_from is not None:
         find_extras(extras_from)  # what may not be copied is said before anything is written
@@ -113,12 +115,15 @@ def main_dtype(shards: Sequence[Shard]) -> str:
 
 
 def require_free(folder: Path, num_bytes: int) -> None:
-    """Raises InputError unless the disk under `folder` has `num_bytes` free."""
-    free = shutil.disk_usage(folder).free
+    """Raises InputError unless the disk under `folder` (which need not be there yet) has `num_bytes` free."""
+    free = free_bytes(folder)
     if free < num_bytes:
-        raise InputError(
-            f"{folder}: {num_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; free some space or choose another disk"
-        )
+        raise InputError(f"{folder}: {decimal(num_bytes)} are needed and {decimal(free)} are free; free some space or choose another disk")
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk under `folder`, or under what will hold it."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
 
 
 def _is_finished(folder: Path, tensors: Sequence[TensorInfo]) -> bool:
@@ -153,16 +158,29 @@ def _is_weights(path: Path) -> bool:
 def find_extras(folder: Path) -> list[Path]:
     """What belongs to a model besides its weights; `config.json`, if there is one, is last.
 
-    Raises InputError for a link that leads out of the folder. (Links to weights are followed, for nothing but weights can be read
-    there; these files are copied whatever they hold. The hub's cache, whose folders are made of links, is no way out.)
+    Raises InputError for a link that leads to nothing, or out of the folder. (Links to weights are followed, for nothing but weights
+    can be read there; these files are copied whatever they hold. The hub's cache, whose folders are made of links, is no way out.)
     """
     found = (path for pattern in _EXTRAS for path in sorted(folder.glob(pattern)) if path.suffix not in _WEIGHTS)
     extras = [path for path in [*dict.fromkeys(found), folder / "config.json"] if path.is_file()]
+    _require_targets(folder)
     for path in extras:
         target = Path(os.path.realpath(path))
         if not target.is_relative_to(os.path.realpath(folder)) and not _is_blob(target):
             raise InputError(f"{path}: is a link out of the model's folder, to {target}; put the file itself there")
+        if path.name == "config.json":
+            _read_config(path)
     return extras
+
+
+def _require_targets(folder: Path) -> None:
+    """Refuse links to nothing, which `glob` and `is_file` take for no file at all."""
+    if not folder.is_dir():
+        return
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        is_extra = path.suffix not in _WEIGHTS and any(map(path.match, (*_EXTRAS, "additional_chat_templates", "config.json")))
+        if is_extra and path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: is a link to {os.readlink(path)}, which is not there; get the file again, or remove the link")
 
 
 def _is_blob(path: Path) -> bool:
@@ -179,13 +197,20 @@ def copy_extras(source: Path, folder: Path, dtype: str) -> None:
             _copy(path, folder / path.relative_to(source))
 
 
-def _with_dtype(path: Path, dtype: str) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config as it can be written again."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+        json.dumps(config, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({type(error).__name__}: {error}); repair it or get it again") from error
     if not isinstance(config, dict):
-        raise InputError(f"{path}: not a model's configuration")
+        raise InputError(f"{path}: not a model's configuration; get it again")
+    return config
+
+
+def _with_dtype(path: Path, dtype: str) -> dict[str, Any]:
+    config = _read_config(path)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return config | dict.fromkeys(keys, dtype)
 

@@ -220,6 +220,15 @@ def test_a_disk_that_fills_up_leaves_whole_shards_and_says_so(
     assert open_source(out).tensors.keys() == TENSORS.keys()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "config.json", "additional_chat_templates"])
+def test_a_link_to_nothing_is_said_before_anything_is_written(source: TensorSource, tmp_path: Path, name: str) -> None:
+    (tmp_path / "in/vocab.bin").symlink_to("not copied, no matter")
+    (tmp_path / "in" / name).symlink_to("../blobs/gone")
+    with pytest.raises(InputError, match=rf"in/{name}: is a link to \.\./blobs/gone, which is not there"):
+        write_model(source, tmp_path / "out", "same", "1GB", tmp_path / "in")
+    assert not (tmp_path / "out").exists()
+
+
 def test_config_and_tokenizer_come_along(source: TensorSource, tmp_path: Path) -> None:
     extras = tmp_path / "in"
     files = [
