@@ -45,12 +45,15 @@ def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
 
 
 def shape_of(model: Model) -> Shape | str:
-    """The model's shape from its config alone, or why that is not known. Reads the local hub cache, or the hub."""
+    """The model's shape from its config alone, or why that is not known. Reads the local hub cache, or the hub.
+
+    Raises InputError for a config that no model can be made of.
+    """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    from pipeline.models.check import unusable_config
     from pipeline.models.tiny import tiny_config
 
     if model.tiny is not None:
@@ -59,10 +62,15 @@ def shape_of(model: Model) -> Shape | str:
         assert model.path is not None
         try:
             config = AutoConfig.from_pretrained(resolve(model.path), revision=model.revision)
-        except (OSError, ValueError, StrictDataclassError) as error:
+        except (OSError, ValueError) as error:
             return f"the config of {model.path} cannot be read here ({' '.join(str(error).split())[:120]})"
-    with no_init_weights(), torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config)
+        except Exception as error:
+            raise unusable_config(f"model.path: {model.path}", error) from None
+    try:
+        with no_init_weights(), torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise unusable_config(f"model.path: {model.path}", error) from None
     module.tie_weights()
     return _measured(module, config.get_text_config())
 

@@ -29,11 +29,13 @@ _TOKENIZER_FILES = (
 def describe(folder: Path) -> dict[str, Any]:
     """What the model in `folder` is, for the manifest: architecture, sizes, dtype, digests of the tokenizer's files, warnings.
 
-    Raises InputError if it is not a decoder-only causal language model with weights and a fast tokenizer with an EOS token.
+    Raises InputError if it is not a decoder-only causal language model with a usable config, weights and a fast tokenizer
+    with an EOS token.
     """
     config = _read_config(folder)
     architecture = _require_causal(folder, config)
     find_extras(folder)  # what a result may not copy is said before anything is trained
+    _require_buildable(folder)
     num_parameters, dtype = _weights(folder)
     tokenizer = _tokenizer(folder)
     num_rows = config.get("vocab_size")
@@ -80,6 +82,24 @@ def _require_causal(folder: Path, config: dict[str, Any]) -> str:
     return str(causal)
 
 
+def _require_buildable(folder: Path) -> None:
+    """Make the model on the meta device, from its config alone: it takes no memory."""
+    import torch
+
+    from pipeline.models.load import empty_model
+
+    try:
+        empty_model(folder, "meta", torch.float32)
+    except Exception as error:
+        raise unusable_config(folder / "config.json", error) from None
+
+
+def unusable_config(config: Path | str, error: Exception) -> InputError:
+    """What to raise where transformers fails at a config's values; it does so with any exception, a division by zero for no heads."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return InputError(f"{config}: transformers cannot make a model of it ({reason}); correct its values, or get the file again")
+
+
 def _weights(folder: Path) -> tuple[int, str]:
     """The number of floating-point elements, and the dtype of most of them. Reads no more than the files' headers."""
     from pipeline.weights.open import open_source
@@ -97,7 +117,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # damaged files raise anything
         raise InputError(f"model.path: {folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
     if not tokenizer.is_fast:
         raise InputError(f"model.path: {folder} has no fast tokenizer; make a tokenizer.json of it with transformers")

@@ -6,7 +6,6 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.config import LoraTraining
-from pipeline.errors import InputError
 from pipeline.weights.safetensors import SafetensorsSource
 
 
@@ -20,8 +19,7 @@ def require(folder: Path, settings: LoraTraining) -> None:
     if all(any(matrix.endswith(f".{name}.weight") for matrix in matrices) for name in settings.target_modules or []):
         return
     # A model may be stored under other names, or not be here but for its config: it knows its modules itself.
-    from huggingface_hub.errors import StrictDataclassError
-
+    from pipeline.models.check import unusable_config
     from pipeline.train.lora import lora_config
     from pipeline.train.model import skeleton
 
@@ -29,8 +27,8 @@ def require(folder: Path, settings: LoraTraining) -> None:
         model = skeleton(folder)
     except (OSError, ValueError):
         return  # the model's stage says what is wrong with it
-    except StrictDataclassError as error:
-        raise InputError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        raise unusable_config(folder / "config.json", error) from None
     lora_config(model, settings)
 
 

@@ -16,6 +16,7 @@ from launch.machine import Devices
 from launch.remedy import evaluation_remedy, training_remedy
 from pipeline import config, stages
 from pipeline.config import Cluster, Evaluate, Forget, LoraTraining, Model, Training
+from pipeline.errors import InputError
 
 GB = 10**9
 
@@ -268,10 +269,23 @@ def test_a_hub_model_whose_config_is_not_here(experiment: config.Experiment, mon
     assert row.state == "warn" and "someone/absent cannot be read here" in row.detail
 
 
-def test_a_config_with_a_value_of_a_wrong_kind(experiment: config.Experiment, tmp_path: Path) -> None:
-    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA2_7B | {"hidden_size": "x"}))
-    (row,) = forecast.rows(experiment, A100)
-    assert row.state == "warn" and "expected int, got str" in row.detail and "\n" not in row.detail
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (LLAMA2_7B | {"hidden_size": "x"}, "expected int, got str"),
+        (LLAMA2_7B | {"hidden_size": 0}, "ZeroDivisionError"),
+        (LLAMA2_7B | {"num_attention_heads": 0}, "ZeroDivisionError"),
+        (LLAMA2_7B | {"vocab_size": -1}, "negative dimension"),
+        (LLAMA2_7B | {"hidden_act": "none"}, "KeyError: 'none'"),
+        (GPT2_XL | {"n_head": 0}, "ZeroDivisionError"),
+        (BLOOM_7B | {"hidden_size": 0}, "ZeroDivisionError"),
+    ],
+)
+def test_a_config_that_no_model_can_be_made_of(experiment: config.Experiment, tmp_path: Path, values: dict[str, Any], reason: str) -> None:
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=reason) as caught:
+        list(forecast.rows(experiment.model_copy(update={"methods": ["full_ft"]}), A100))
+    assert "\n" not in str(caught.value) and str(tmp_path / "model") in str(caught.value)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (90, "90 s"), (600, "10 minutes"), (9000, "2 hours"), (864000, "10 days")])

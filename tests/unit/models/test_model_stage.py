@@ -101,6 +101,26 @@ def a_link_out(folder: Path) -> None:
     (folder / "tokenizer.json").symlink_to("../elsewhere.json")
 
 
+def a_link_to_nothing(folder: Path) -> None:
+    (folder / "merges.txt").symlink_to("../blobs/gone")
+
+
+def no_heads(folder: Path) -> None:
+    edit_json(folder / "config.json", num_attention_heads=0)
+
+
+def a_size_in_words(folder: Path) -> None:
+    edit_json(folder / "config.json", hidden_size="large")
+
+
+def an_unknown_activation(folder: Path) -> None:
+    edit_json(folder / "config.json", hidden_act="none")
+
+
+def another_programs_tokenizer_config(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("[]")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -115,6 +135,11 @@ def a_link_out(folder: Path) -> None:
         (no_tokenizer, "no usable tokenizer"),
         (no_eos, "no EOS token"),
         (a_link_out, "tokenizer.json: is a link out of the model's folder"),
+        (a_link_to_nothing, r"merges.txt: is a link to ../blobs/gone, which is not there"),
+        (no_heads, r"config.json: transformers cannot make a model of it \(ZeroDivisionError"),
+        (a_size_in_words, r"config.json: transformers cannot make a model of it .*expected int, got str"),
+        (an_unknown_activation, r"config.json: transformers cannot make a model of it \(KeyError: 'none'"),
+        (another_programs_tokenizer_config, "no usable tokenizer"),
     ],
 )
 def test_one_clear_line(folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
