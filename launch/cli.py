@@ -11,7 +11,7 @@ import os
 import sys
 
 from launch import cancel, delta, doctor, facts, logs, models, report, run, status
-from pipeline.errors import InputError, full_disk_message, printable
+from pipeline.errors import InputError, file_system_message, printable
 
 COMMANDS = (run, status, logs, cancel, report, facts, models, delta, doctor)
 
@@ -30,10 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        return _refuse(f"{error.filename}: {error.strerror}")
     except OSError as error:
-        message = full_disk_message(error)
+        message = file_system_message(error)
         if message is None:
             raise
         return _refuse(message)

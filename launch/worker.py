@@ -19,7 +19,7 @@ from typing import IO, NoReturn
 from launch.outcome import FAILED, MISTAKE, STOPPED, error_file, note_error
 from launch.run import LOCK, lock, read_plan
 from pipeline.context import Context, Preempted, device_for, log
-from pipeline.errors import InputError, full_disk_message
+from pipeline.errors import InputError, file_system_message
 from pipeline.run import run_step
 from pipeline.stages import Plan, Step
 
@@ -81,11 +81,14 @@ def run_all(plan: Plan, ids: list[str], context: Context) -> int:
 def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
     """Run one step, with the log of this rank in the step's folder; an error leaves a file there for `flearn status`."""
     folder = plan.artifact(step).folder
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank{context.rank}.log", encoding="utf-8")
+    said = error_file(folder, context.part)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / f"rank{context.rank}.log", encoding="utf-8")
+    except OSError as error:  # this node may not write where the one that submitted may
+        return _report(error, said, context)
     _log_to(handler, context)
     log.info("%s %s %s", number, step.id, ", ".join(step.methods))
-    said = error_file(folder, context.part)
     if context.is_main:
         said.unlink(missing_ok=True)
     try:
@@ -142,15 +145,15 @@ def _log_to(handler: logging.Handler, context: Context) -> None:
 
 
 def _report(error: Exception, path: Path, context: Context) -> int:
-    """Say what went wrong: one line for a mistake or a full disk, a traceback for a failure."""
-    mistake = str(error) if isinstance(error, InputError) else full_disk_message(error)
+    """Say what went wrong: one line for a mistake, or a file that the system refuses; a traceback for a failure."""
+    mistake = str(error) if isinstance(error, InputError) else file_system_message(error)
     if mistake is not None:
         print(f"flearn: {mistake}", file=sys.stderr, flush=True)
     else:
         log.error("%s", traceback.format_exc())
     message = mistake or f"{type(error).__name__}: {error}"
-    if not path.exists():  # the first to fail is the cause; its peers then lose their connections
-        with contextlib.suppress(OSError):  # on a full disk the line above has to do
+    with contextlib.suppress(OSError):  # on a full disk the line above has to do
+        if not path.exists():  # the first to fail is the cause; its peers then lose their connections
             note_error(path, context.rank, message)
     return FAILED if mistake is None else MISTAKE
 

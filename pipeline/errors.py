@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import errno
 
+_FULL_DISK_ADVICE = (
+    "free some space and run the same command again, what is finished is kept;"
+    " or write to a larger disk (a run: cluster.runs_dir; other commands: --out)"
+)
+
 
 class InputError(ValueError):
     """Bad input. The message is one line that names the file, field or tensor, and says what to do."""
+
+
+def file_system_message(error: BaseException) -> str | None:
+    """One line for a full disk, or for what the system says of a file that the error names; None for any other error."""
+    message = full_disk_message(error)
+    if message is None and isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return message
 
 
 def full_disk_message(error: BaseException) -> str | None:
@@ -18,9 +31,9 @@ def full_disk_message(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {seen.filename}" if seen.filename else ""
-            return f"no space left on the disk{where}: free some space, or set cluster.runs_dir to a larger disk, and run again"
+            return f"no space left on the disk{where}: {_FULL_DISK_ADVICE}"
         if "No space left on device" in str(seen):
-            return "no space left on the disk: free some space, or set cluster.runs_dir to a larger disk, and run again"
+            return f"no space left on the disk: {_FULL_DISK_ADVICE}"
         seen = seen.__cause__ or seen.__context__
     return None
 

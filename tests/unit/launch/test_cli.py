@@ -1,0 +1,100 @@
+"""How the command, and a rank of a run, end on errors: one line for what the system refuses, a traceback for a mistake of ours."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from delta_models import layered, save, write_pair
+
+from launch import worker
+from launch.cli import main
+from launch.outcome import FAILED, MISTAKE
+from pipeline import config, stages
+from pipeline.context import Context
+
+ROOT = Path(__file__).parents[3]
+REFUSALS = [errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES]
+
+
+def refusal(number: int) -> OSError:
+    return OSError(number, os.strerror(number), "/data/model")
+
+
+def inspecting(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
+    """The exit code of a command at whose work `error` is raised."""
+
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.delta.inspect.inspect", fail)
+    return main(["delta", "inspect", "model"])
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int) -> None:
+    assert inspecting(monkeypatch, refusal(number)) == 2
+    assert capsys.readouterr().err == f"flearn: /data/model: {os.strerror(number)}\n"
+
+
+@pytest.mark.parametrize("error", [OSError("no model named so"), OSError(errno.EBADF, "Bad"), ValueError("x"), KeyError("x")])
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        inspecting(monkeypatch, error)
+
+
+def test_a_full_disk_gives_advice_for_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspecting(monkeypatch, refusal(errno.ENOSPC)) == 2
+    told = capsys.readouterr().err
+    assert "no space left on the disk while writing /data/model: free some space and run the same command again" in told
+    assert "--out" in told and "cluster.runs_dir" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--out", "--tuned"])
+@pytest.mark.parametrize("place", ["/proc/foo/x", "x" * 300])
+def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, place: str) -> None:
+    base, tuned = write_pair(tmp_path)
+    words = ["--base", str(base), "--tuned", str(tuned), "--out", str(tmp_path / "out"), "--scale", "0.3"]
+    assert main(["delta", "subtract", *words, option, str(tmp_path / place)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("flearn: /") and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_differ_in_many_tensors_are_said_to_do_so_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = save(tmp_path / "base", layered(0, num_layers=9)), save(tmp_path / "tuned", layered(0, num_layers=3))
+    assert main(["delta", "subtract", "--base", str(base), "--tuned", str(tuned), "--out", str(tmp_path / "out"), "--scale", "1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("flearn: base and tuned model do not fit (18 problems; give a model and a fine-tuning of that very model): ")
+    assert told.count("is missing from the tuned model") == 18
+
+
+def one_step(runs_dir: Path) -> tuple[stages.Plan, str]:
+    plan = stages.plan(config.load(ROOT / "configs/quickstart.yaml", [f"cluster.runs_dir={runs_dir}"]))
+    return plan, next(iter(plan.steps))
+
+
+@pytest.mark.parametrize(("error", "code"), [(refusal(errno.ESTALE), MISTAKE), (refusal(errno.ENOSPC), MISTAKE), (KeyError("x"), FAILED)])
+def test_a_ranks_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "run_step", fail)
+    plan, step = one_step(tmp_path)
+    assert worker.run_all(plan, [step], Context()) == code
+    noted = json.loads((plan.artifact(plan.steps[step]).folder / "error.json").read_text())["message"]
+    told = capsys.readouterr().err
+    assert told == (f"flearn: {noted}\n" if code == MISTAKE else "")
+    log = (plan.artifact(plan.steps[step]).folder / "rank0.log").read_text()
+    assert ("Traceback" in log) == (code == FAILED)
+
+
+def test_a_rank_that_may_not_write(capsys: pytest.CaptureFixture[str]) -> None:
+    plan, step = one_step(Path("/proc/foo"))
+    assert worker.run_all(plan, [step], Context()) == MISTAKE
+    assert capsys.readouterr().err == "flearn: /proc/foo: No such file or directory\n"
