@@ -43,7 +43,7 @@ STAGES: dict[str, Stage] = {
     "forget": Stage("pipeline.delta.stage:run", 1, "one"),
     "learn": Stage("pipeline.train.stage:run", 1, "all"),
     "evaluate": Stage("pipeline.evaluate.stage:run", 1, "all"),
-    "report": Stage("pipeline.report.stage:run", 1, "one"),
+    "report": Stage("pipeline.report.stage:run", 2, "one"),
 }
 
 TUNINGS = ("teach", "tune_old", "learn")

@@ -149,39 +149,65 @@ def _horizontal(title: str, key: str, steps: list[Json], tell: Callable[[Any], s
     return Panel(title, _draw(5.2, 0.5 + 0.24 * len(steps), f"cost-{key.replace('_', '-')}", f"{title} by step. {told}.", paint))
 
 
-def delta_norms(layers: dict[str, list[Json]]) -> list[Panel]:
-    """The forget vector's size by layer, attention against MLP, on one scale (the paper's Figures 4 and 5).
+class Quantity(NamedTuple):
+    """A figure of results.json's `layers`, drawn as `factor` times its value on an axis that reaches `least_top` at least.
 
-    Methods that subtract the same vector share a panel.
+    `told` says to those who cannot see the picture what it shows of a method.
     """
-    shared: dict[str, list[str]] = {}
-    for method, rows in layers.items():
-        shared.setdefault(repr(rows), []).append(method)
-    top = 1.1 * max((row.get(part) or 0 for rows in layers.values() for row in rows for part, _, _ in PARTS), default=0)
-    return [_norms(methods, layers[methods[0]], top or 1) for methods in shared.values() if layers[methods[0]]]
 
+    figure: str
+    told: str
+    factor: float
+    least_top: float
+
+
+NORM = Quantity("delta_norm", "Norm of the forget vector of {}", 1, 0)
+RELATIVE_NORM = Quantity("relative_norm", "Norm of the forget vector of {}, in % of the original weights' norm", 100, 0)
+SURVIVAL = Quantity("projection", "Share of the intended change of {} that the stored weights keep, in %", 100, 100)
 
 PARTS = (
     ("mlp", "MLP", {"linestyle": "-", "marker": "o"}),
     ("attention", "attention", {"linestyle": "--", "marker": "s", "markerfacecolor": PAGE}),
 )
 
+Lines = dict[str, dict[int, float]]
+"""By part (`PARTS`), its value in each layer that has one."""
 
-def _norms(methods: list[str], rows: list[Json], top: float) -> Panel:
+
+def by_layer(layers: dict[str, list[Json]], quantity: Quantity) -> list[Panel]:
+    """One of the forget vectors' quantities by layer, attention against MLP, on one scale (`NORM`: the paper's Figures 4 and 5).
+
+    Methods whose lines are the same share a panel: the norms of those that subtract the same vector do.
+    """
+    lines = {method: _lines(rows, quantity) for method, rows in layers.items()}
+    shared: dict[str, list[str]] = {}
+    for method, parts in lines.items():
+        if any(parts.values()):
+            shared.setdefault(repr(parts), []).append(method)
+    top = 1.1 * max([quantity.least_top, *(value for parts in lines.values() for line in parts.values() for value in line.values())])
+    return [_layer_panel(methods, lines[methods[0]], quantity, top or 1) for methods in shared.values()]
+
+
+def _lines(rows: list[Json], quantity: Quantity) -> Lines:
+    values = {part: {row["layer"]: row[part][quantity.figure] for row in rows} for part, _, _ in PARTS}
+    return {part: {layer: quantity.factor * x for layer, x in line.items() if x is not None} for part, line in values.items()}
+
+
+def _layer_panel(methods: list[str], lines: Lines, quantity: Quantity, top: float) -> Panel:
     colour = HUES[look(methods[0]).hue][0]
 
     def paint(axes: Any) -> None:
-        for part, name, style in PARTS:
-            points = [(row["layer"], row[part]) for row in rows if row.get(part) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, clip_on=False, markevery=max(1, len(points) // 16), **style)
-                axes.annotate(name, points[-1], xytext=(0, 6), textcoords="offset points", ha="right", fontsize=8, color=INK)
+        for part, _, style in PARTS:
+            if line := lines[part]:
+                axes.plot(list(line), list(line.values()), color=colour, clip_on=False, markevery=max(1, len(line) // 16), **style)
         axes.set_xlabel("layer")
         axes.set_ylim(0, top)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    told = "; ".join(
-        f"layer {row['layer']}: " + ", ".join(f"{name} {row.get(part):.3g}" for part, name, _ in PARTS if part in row) for row in rows
-    )
     title = ", ".join(look(method).label for method in methods)
-    return Panel(title, _draw(3.6, 2.15, f"norms-{methods[0]}", f"Norm of the forget vector of {title}. {told}.", paint))
+    told = "; ".join(
+        f"layer {layer}: " + ", ".join(f"{name} {lines[part][layer]:.3g}" for part, name, _ in PARTS if layer in lines[part])
+        for layer in sorted({layer for line in lines.values() for layer in line})
+    )
+    label = f"{quantity.told.format(title)}. {told}."
+    return Panel(title, _draw(3.6, 2.15, f"{quantity.figure}-{methods[0]}", label, paint))

@@ -134,6 +134,11 @@ def ordered_protocols(present: list[str]) -> list[str]:
     return [name for name in PROTOCOLS if name in present] + [name for name in present if name not in PROTOCOLS]
 
 
+def three_digits(value: float | None, factor: float = 1) -> str:
+    """`factor` times a number that may be of any size; an en dash where there is none."""
+    return "–" if value is None else f"{factor * value:#.3g}".rstrip(".")
+
+
 def percent(value: float | None) -> str:
     """A score as people read it: one decimal, in percent; an en dash where there is none."""
     return "–" if value is None else f"{100 * value:.1f}"

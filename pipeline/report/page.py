@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pipeline.report import cost, figures
 from pipeline.report.compare import Scores
-from pipeline.report.names import HUES, METRICS, PROTOCOLS, STATES, Way, look, ordered_protocols, percent
+from pipeline.report.names import HUES, METRICS, PROTOCOLS, STATES, Way, look, ordered_protocols, percent, three_digits
 from pipeline.report.summary import summarise
 from pipeline.report.table import best_values, measured
 
@@ -26,8 +26,16 @@ def render(results: Json) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "svg": Markup, "duration": cost.duration, "size": cost.size, "settings": _settings_text}
-    environment.globals |= {"look": look, "METRICS": METRICS, "STATES": STATES, "HUES": HUES, "LINES": figures.LINES}
+    environment.filters |= {"percent": percent, "three_digits": three_digits, "svg": Markup, "settings": _settings_text}
+    environment.filters |= {"duration": cost.duration, "size": cost.size}
+    environment.globals |= {
+        "look": look,
+        "METRICS": METRICS,
+        "STATES": STATES,
+        "HUES": HUES,
+        "LINES": figures.LINES,
+        "PARTS": figures.PARTS,
+    }
     return environment.get_template("template.html.j2").render(**_view(results))
 
 
@@ -44,7 +52,10 @@ def _view(results: Json) -> Json:
         "curve_rows": sorted(results["curves"], key=lambda row: protocols.index(row["protocol"])),
         "cost_panels": figures.cost(results["stages"]),
         "cost_rows": _costs(results),
-        "norm_panels": figures.delta_norms(results["layers"]),
+        "norm_panels": figures.by_layer(results["layers"], figures.NORM),
+        "relative_panels": figures.by_layer(results["layers"], figures.RELATIVE_NORM),
+        "survival_panels": figures.by_layer(results["layers"], figures.SURVIVAL),
+        "all_survives": _all_survives(results["layers"]),
         "step_label": cost.step_label,
         "sample_rows": lambda sample: _sample_rows(sample, [entry["method"] for entry in results["methods"]]),
         "way": _way,
@@ -97,6 +108,12 @@ def _split(rows: list[Json], protocol: str) -> list[tuple[str, Json, Json]]:
     subsets = {subset: {row["method"]: row for row in mine if row["subset"] == subset} for subset in ("known", "unknown")}
     pairs = [(method, row, subsets["unknown"][method]) for method, row in subsets["known"].items()]
     return [pair for pair in pairs if pair[1]["num_records"] and pair[2]["num_records"]]
+
+
+def _all_survives(layers: dict[str, list[Json]]) -> bool:
+    """Whether every layer keeps, as far as the page's digits go, all of what was to be subtracted from it (as in float32)."""
+    kept = {row[block]["projection"] for rows in layers.values() for row in rows for block, _, _ in figures.PARTS}
+    return {percent(share) for share in kept if share is not None} == {percent(1)}
 
 
 def _sample_rows(sample: Json, methods: list[str]) -> list[tuple[str, list[Json | None]]]:

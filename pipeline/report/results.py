@@ -2,6 +2,13 @@
 
 `rows` is the contract that scripts are written against: one row per method, protocol and state, scores as fractions of 1,
 null where there is none. The original model's rows are repeated for every method, so that each method's rows stand alone.
+
+`survival` and `layers` have an entry for every method that forgets: the subtraction's figures over the whole model, and by layer
+`{"layer": 0, "attention": {...}, "mlp": {...}, "matrices": {name: L2 norm of its change}}`. Of a layer's attention and of its MLP:
+`delta_norm` is the L2 norm of what fine-tuning on the old facts changed, before it is scaled; `relative_norm` that norm divided by the
+norm of the original weights that were fine-tuned (an adapter's: of the matrices it changes); `share_changed` the share of those weights
+whose stored value the subtraction changed; `projection` the share of the intended change that is stored, along its own direction.
+Fractions of 1 (`projection` may pass it, by rounding), null where nothing was fine-tuned or nothing was to change.
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ from pipeline.report.paired import compare
 from pipeline.report.records import read
 
 ROW_METRICS = ("reliability", "generality", "locality", "leakage", "portability", "old_reliability")
+LAYER_BLOCKS = ("attention", "mlp")
+LAYER_FIGURES = ("delta_norm", "relative_norm", "share_changed", "projection")
 PACKAGES = ("flearn", "torch", "deepspeed", "transformers", "peft")
 
 Json = dict[str, Any]
@@ -106,10 +115,11 @@ def _known(evaluations: dict[str, dict[str, Json]]) -> Json:
 
 
 def _layers(rows: list[Json]) -> list[Json]:
-    """The L2 norm of what fine-tuning on the old facts changed, by layer: of attention, of the MLP, and of each matrix."""
-    blocks = ("attention", "mlp")
+    """What fine-tuning on the old facts changed and what of it is stored, by layer: of attention, of the MLP, and each matrix' norm."""
     return [
-        {"layer": row["layer"], **{block: row[block]["delta_norm"] for block in blocks if block in row}, "matrices": row["matrices"]}
+        {"layer": row["layer"]}
+        | {block: {figure: row.get(block, {}).get(figure) for figure in LAYER_FIGURES} for block in LAYER_BLOCKS}
+        | {"matrices": row["matrices"]}
         for row in rows
     ]
 

@@ -139,11 +139,15 @@ class FakeRun:
         mlp = 0.0 if is_lora else 1.9 + 0.2 * layer
         return {
             "layer": layer,
-            "attention": {"delta_norm": 1.1 + 0.1 * layer},
-            "mlp": {"delta_norm": mlp},
-            "other": {"delta_norm": 0.01},
+            "attention": self._figures(1.1 + 0.1 * layer, 40),
+            "mlp": self._figures(mlp, 50),
+            "other": self._figures(0.01, 16),
             "matrices": {"self_attn.q_proj": 0.5, "mlp.up_proj": mlp},
         }
+
+    def _figures(self, delta_norm: float, base_norm: float) -> Json:
+        survival = self.survival | ({} if delta_norm else {"share_changed": 0.0, "projection": None, "cosine": None, "norm_ratio": None})
+        return survival | {"delta_norm": delta_norm, "base_norm": base_norm, "relative_norm": delta_norm / base_norm}
 
     def _evaluation(self, step: Step, folder: Path) -> Json:
         mind = self.minds[self._state(step)]

@@ -204,13 +204,72 @@ def test_summary_speaks_of_the_best_method_in_its_numbers(results: Json, html: s
 
 def test_figures_tell_those_who_cannot_see_them(results: Json, html: str) -> None:
     figures = [attrs for tag, attrs in Reader(html).tags if tag == "svg" and attrs.get("role") == "img"]
-    assert len(figures) == 3 + 2 * 3 + 2 + 2  # bars, curves, forget vectors (two methods share one), cost
+    assert len(figures) == 3 + 2 * 3 + 2 * 2 + 2  # bars, curves, forget vectors (two methods share one; norm, relative norm), cost
     row = next(
         row for row in results["curves"] if (row["method"], row["protocol"], row["state"]) == ("flearn_ft", "generation", "forgotten")
     )
     assert any(f"forgotten: new answer {percent(row['new_answer'])}%" in str(attrs["aria-label"]) for attrs in figures)
     tables = Reader(html).tags
     assert sum(tag == "table" for tag, _ in tables) == sum(tag == "caption" for tag, _ in tables)
+
+
+def layer_pictures(html: str) -> list[str]:
+    """What the pictures by layer tell those who cannot see them."""
+    labels = [attrs["aria-label"] for tag, attrs in Reader(html).tags if tag == "svg" and attrs.get("role") == "img"]
+    return [label for label in labels if label is not None and "layer 0: " in label]
+
+
+def test_norm_and_relative_norm_by_layer(html: str) -> None:
+    norm_ft, norm_lora, relative_ft, relative_lora = layer_pictures(html)
+    assert norm_ft.startswith("Norm of the forget vector of F-Learning_FT. layer 0: MLP 1.9, attention 1.1; layer 1: MLP 2.1, ")
+    assert norm_lora.startswith("Norm of the forget vector of F-Learning_LoRA, F-Learning_LoRA-FT. layer 0: MLP 0, attention 1.1; ")
+    start = "Norm of the forget vector of F-Learning_FT, in % of the original weights' norm. layer 0: MLP 3.8, attention 2.75; "
+    assert relative_ft.startswith(start)
+    assert "layer 0: MLP 0, attention 2.75; " in relative_lora
+
+
+def test_table_by_layer_holds_the_numbers_of_results_json(results: Json, html: str) -> None:
+    _, header, *lines = next(table for table in Reader(html).tables if "attention" in table[0])
+    assert header == ["Method", "Layer", *2 * ["Norm", "Relative", "Changed", "Kept"]]
+    rows = [(look(method).label, row) for method, rows in results["layers"].items() for row in rows]
+    assert len(lines) == len(rows) == 3 * 4
+    for (label, row), line in zip(rows, lines, strict=True):
+        assert line[:2] == [label, str(row["layer"])]
+        for figures, cells in ((row["mlp"], line[2:6]), (row["attention"], line[6:])):
+            norms = [f"{figures['delta_norm']:#.3g}", f"{100 * figures['relative_norm']:#.3g}"]
+            assert cells == [*norms, percent(figures["share_changed"]), percent(figures["projection"])]
+    assert lines[4][2:6] == ["0.00", "0.00", "0.0", "–"]
+
+
+KEPT_ALL = "stored attention and MLP weights keep 100.0% of the intended change"
+
+
+def test_where_nothing_is_rounded_away_a_sentence_says_so(html: str) -> None:
+    assert KEPT_ALL in html
+    assert "What survives of it" not in html
+
+
+def test_survival_by_layer_where_rounding_took_something(write_run: WriteRun) -> None:
+    section, inputs = write_run(num_records=3, methods=["flearn_lora", "flearn_lora_ft"], protocols=["generation"])
+    inputs[section["methods"][1]["forget"]].facts["layers"][3]["attention"]["projection"] = 0.812
+    html = page.render(build(section["methods"], section["name"], section["seed"], inputs))
+    assert KEPT_ALL not in html
+    assert "What survives of it" in html
+    whole, rounded, *norms = layer_pictures(html)
+    start = "Share of the intended change of F-Learning_LoRA{} that the stored weights keep, in %. layer 0: attention 100; "
+    assert whole.startswith(start.format(""))
+    assert rounded.startswith(start.format("-FT"))  # the same vector, subtracted with another lambda
+    assert rounded.endswith("layer 3: attention 81.2.")
+    assert len(norms) == 2
+
+
+@pytest.mark.parametrize("projection", [None, float("nan")])
+def test_nothing_is_said_of_layers_where_nothing_was_to_change(make_results: MakeResults, projection: float | None) -> None:
+    survival = {"share_changed": 0.0, "projection": projection, "cosine": None, "norm_ratio": None}
+    html = page.render(make_results(num_records=3, **SMALL, survival=survival))
+    assert KEPT_ALL not in html
+    assert "What survives of it" not in html
+    assert len(layer_pictures(html)) == 2
 
 
 def test_colours_are_the_pages_own(html: str) -> None:

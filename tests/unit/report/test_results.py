@@ -83,6 +83,30 @@ def test_stages_say_what_each_step_cost(write_run: WriteRun) -> None:
     assert {step["state"] for step in stages if step["stage"] == "evaluate"} == {"original", "tuned", "forgotten", "updated"}
 
 
+def test_layers_are_the_subtractions_own(write_run: WriteRun) -> None:
+    section, inputs = write_run(num_records=5)
+    results = build(section["methods"], section["name"], section["seed"], inputs)
+    forgets = {method["method"]: inputs[method["forget"]].facts for method in section["methods"] if method["forget"] is not None}
+    assert list(results["layers"]) == list(forgets) == ["flearn_ft", "flearn_lora", "flearn_lora_ft"]
+    for method, facts in forgets.items():
+        assert [set(row) for row in results["layers"][method]] == 4 * [{"layer", "attention", "mlp", "matrices"}]
+        for row, stored in zip(results["layers"][method], facts["layers"], strict=True):
+            assert (row["layer"], row["matrices"]) == (stored["layer"], stored["matrices"])
+            for block in ("attention", "mlp"):
+                assert set(row[block]) == {"delta_norm", "relative_norm", "share_changed", "projection"}
+                assert row[block] == {figure: stored[block][figure] for figure in row[block]}
+    assert results["layers"]["flearn_ft"][1]["mlp"] == {"delta_norm": 2.1, "relative_norm": 0.042, "share_changed": 0.93, "projection": 1.0}
+    assert results["layers"]["flearn_lora"][0]["mlp"]["projection"] is None  # nothing to change there
+
+
+def test_a_block_that_was_not_fine_tuned_has_nulls(write_run: WriteRun) -> None:
+    section, inputs = write_run(num_records=5, **SMALL)
+    del inputs[section["methods"][0]["forget"]].facts["layers"][2]["mlp"]
+    layers = build(section["methods"], section["name"], section["seed"], inputs)["layers"]["flearn_ft"]
+    assert layers[2]["mlp"] == dict.fromkeys(("delta_norm", "relative_norm", "share_changed", "projection"))
+    assert layers[2]["attention"]["delta_norm"] == 1.1 + 0.1 * 2
+
+
 def test_settings_of_equal_steps_are_shown_once(make_results: MakeResults) -> None:
     settings = make_results(num_records=5)["settings"]
     assert [entry["methods"] for entry in settings if entry["stage"] == "learn"] == [
@@ -141,6 +165,7 @@ def test_stage_writes_both_files_and_they_are_strict_json(write_run: WriteRun, t
 
     results = json.loads((tmp_path / facts["results"]).read_text(), parse_constant=refuse)
     assert results["survival"]["flearn_ft"]["projection"] is None
+    assert results["layers"]["flearn_ft"][0]["mlp"]["projection"] is None
     assert facts["warnings"] == results["warnings"]
     assert (tmp_path / facts["page"]).read_text().startswith("<!doctype html>")
 
