@@ -35,7 +35,7 @@ _FIGURES: _Kinds = {
     "delta_norm": _NUMBER,
     **dict.fromkeys(("share_changed", "projection", "cosine", "norm_ratio"), _MAYBE_NUMBER),
 }
-_NOTED: _Kinds = {"blake3": str, "survival": dict}
+_NOTED: _Kinds = {"blake3": str, "survival": dict, "inputs": dict}
 _SUMS: _Kinds = {field.name: _NUMBER for field in fields(Survival)}
 
 

@@ -51,6 +51,11 @@ class Plan:
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
 
+    @property
+    def can_be_undone(self) -> bool:
+        """Whether no result of a subtraction is rounded to 16 bits, so that the base can be had back from it."""
+        return all(item.other is None or item.info.dtype in ("float32", "float64") for item in self.items.values())
+
 
 def make_plan(base: TensorSource, tuned: TensorSource, dtypes: str | dict[str, str], max_shard_bytes: int) -> Plan:
     """The plan of theta' = base - scale * (tuned - base).
@@ -187,5 +192,4 @@ def _text(shape: tuple[int, ...]) -> str:
 def _raise(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
-        advice = f" ({len(found)} problems; give a model and a fine-tuning of that very model)" if len(found) > 1 else ""
-        raise InputError(f"base and tuned model do not fit{advice}: {'; '.join(found)}")
+        raise InputError(f"base and tuned model do not fit: {'; '.join(found)}")

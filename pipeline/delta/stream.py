@@ -12,19 +12,17 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from queue import SimpleQueue
-from typing import Any, Protocol
 
 import numpy as np
-from blake3 import blake3
 
 from pipeline.delta import chunks
 from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula
 from pipeline.delta.chunks import Chunk, Part, cut
 from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
 from pipeline.delta.floats import Array, array_dtype, count_not_finite, of_tensor
-from pipeline.delta.plan import Plan, is_subtracted
+from pipeline.delta.making import Computed, Making, Output, Receipt
+from pipeline.delta.plan import Item, Plan, is_subtracted
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
 from pipeline.weights.adapter import AdapterSource
@@ -37,51 +35,28 @@ _SCRATCH_BYTES = 36 * BLOCK_ELEMENTS
 _DELTA_BYTES = 16
 """Memory for one element of an adapter's change: float64, float32 and a copy."""
 
-Receipt = dict[str, Any]
-"""Of a finished shard: blake3 of the bytes, and the survival sums, of each of its tensors."""
-
-
-class Output(Protocol):
-    """Where a shard's bytes go."""
-
-    def write_pages(self, view: memoryview, num_bytes: int, offset: int) -> None: ...
-    def commit(self) -> None: ...
-    def abandon(self) -> None: ...
-
-
-class Making:
-    """A shard in the making: its output, and what is known of its tensors so far. Chunks are noted in their order."""
-
-    def __init__(self, shard: Shard, output: Output) -> None:
-        self.shard = shard
-        self.output = output
-        self.turn = 0
-        """Number of the chunk whose turn it is to be noted."""
-        self._digests = {tensor.name: blake3() for tensor in shard.tensors}
-        self._survivals = {tensor.name: Survival() for tensor in shard.tensors}
-
-    def note(self, chunk: Chunk, memory: memoryview, survivals: Sequence[Survival | None]) -> None:
-        for part, survival in zip(chunk.parts, survivals, strict=True):
-            self._digests[part.tensor.name].update(memory[part.position : part.end])
-            if survival is not None:
-                self._survivals[part.tensor.name].add(survival)
-        self.turn += 1
-
-    def finish(self) -> Receipt:
-        """Put the shard into its place. Raises InputError if a weight is not a finite number."""
-        for name, survival in self._survivals.items():
-            if not survival.is_finite:
-                raise InputError(f"{name}: NaN or infinity in the base, in the tuned model, or after rounding to the stored dtype")
-        self.output.commit()
-        return {name: {"blake3": digest.hexdigest(), "survival": asdict(self._survivals[name])} for name, digest in self._digests.items()}
-
 
 class Stream:
     """Computes shards of a plan; each ends as a committed output and a receipt."""
 
-    def __init__(self, plan: Plan, base: TensorSource, tuned: TensorSource, formula: Formula, memory_bytes: int, io: Io) -> None:
-        """Raises InputError if `memory_bytes` is too little for one thread."""
+    def __init__(
+        self,
+        plan: Plan,
+        base: TensorSource,
+        tuned: TensorSource,
+        formula: Formula,
+        memory_bytes: int,
+        io: Io,
+        approve: Callable[[Receipt], None] | None = None,
+    ) -> None:
+        """`approve` sees each shard's receipt before the shard is put into its place, and raises what there is against it.
+
+        Inputs are noted for it, and wherever the result can be undone; for others the work is saved.
+        Raises InputError if `memory_bytes` is too little for one thread.
+        """
         self._plan = plan
+        self._notes_inputs = approve is not None or plan.can_be_undone
+        self._approve = approve or (lambda receipt: None)
         self._base, self._tuned = (SliceReader(source, io, may_use_cache=True) for source in (base, tuned))
         self._adapter = tuned if isinstance(tuned, AdapterSource) else None
         self._base_room, self._tuned_room = _rooms(plan, tuned)
@@ -148,11 +123,11 @@ class Stream:
             memory, base, tuned = page_memory(chunks.CHUNK_BYTES), page_memory(self._base_room), page_memory(self._tuned_room)
             while (job := self._next(jobs)) is not None:
                 making, chunk = job
-                survivals = self._compute(chunk, memory, base, tuned)
+                computed = self._compute(chunk, memory, base, tuned)
                 making.output.write_pages(memory, chunk.num_bytes, chunk.offset)
-                self._note(making, chunk, memory, survivals)
+                self._note(making, chunk, memory, computed)
                 if chunk.is_last:
-                    receipt = making.finish()
+                    receipt = making.finish(self._approve)
                     self._open.remove(making)
                     on_whole(making.shard, receipt)
         except BaseException as error:
@@ -162,28 +137,37 @@ class Stream:
         with self._lock:
             return next(jobs, None) if self._failure is None else None
 
-    def _compute(self, chunk: Chunk, memory: memoryview, base: memoryview, tuned: memoryview) -> list[Survival | None]:
+    def _compute(self, chunk: Chunk, memory: memoryview, base: memoryview, tuned: memoryview) -> list[Computed]:
         memory[: len(chunk.header)] = chunk.header
-        return [self._compute_part(part, memory, base, tuned) for part in chunk.parts]
+        # The last first: only a chunk's first part goes on with a tensor, and what was read for it has to stay until its turn comes.
+        computed = [self._compute_part(part, memory, base, tuned) for part in reversed(chunk.parts)]
+        return computed[::-1]
 
-    def _compute_part(self, part: Part, memory: memoryview, base: memoryview, tuned: memoryview) -> Survival | None:
+    def _compute_part(self, part: Part, memory: memoryview, base: memoryview, tuned: memoryview) -> Computed:
         """Fill the part's place in `memory`. `base` and `tuned` are room to read into."""
         item = self._plan.items[part.tensor.name]
-        values = self._base.read(item.base.name, part.start, part.stop, base)
+        inputs = {"base": self._base.read(item.base.name, part.start, part.stop, base)}
+        if item.other is not None and self._adapter is None:
+            inputs["tuned"] = self._tuned.read(item.other, part.start, part.stop, tuned)
         out = np.frombuffer(memory, array_dtype(part.tensor.dtype), part.stop - part.start, part.position)
-        if item.other is None:
-            with self._arithmetic() as arithmetic:
-                arithmetic.keep(item.info.name, part.start, values, out)
-                if is_subtracted(item.info):
-                    _require_finite(item.info.name, values, out)
-            return None
-        if self._adapter is None:
-            other = self._tuned.read(item.other, part.start, part.stop, tuned)
-            with self._arithmetic() as arithmetic:
-                return arithmetic.subtract(item.info.name, part.start, values, other, out, False)
         with self._arithmetic() as arithmetic:
-            delta = of_tensor(self._adapter.delta(item.other, part.start, part.stop))
-            return arithmetic.subtract(item.info.name, part.start, values, delta, out, True)
+            survival = self._subtract(arithmetic, item, part, out, **inputs)
+        return Computed.of(part, survival, inputs if self._notes_inputs else {})
+
+    def _subtract(
+        self, arithmetic: Arithmetic, item: Item, part: Part, out: Array, base: Array, tuned: Array | None = None
+    ) -> Survival | None:
+        """Compute the part into `out`; what survived, or None where nothing is subtracted."""
+        if item.other is None:
+            arithmetic.keep(item.info.name, part.start, base, out)
+            if is_subtracted(item.info):
+                _require_finite(item.info.name, base, out)
+            return None
+        if tuned is not None:
+            return arithmetic.subtract(item.info.name, part.start, base, tuned, out, False)
+        assert self._adapter is not None
+        delta = of_tensor(self._adapter.delta(item.other, part.start, part.stop))
+        return arithmetic.subtract(item.info.name, part.start, base, delta, out, True)
 
     @contextmanager
     def _arithmetic(self) -> Iterator[Arithmetic]:
@@ -194,12 +178,12 @@ class Stream:
         finally:
             self._idle.put(arithmetic)
 
-    def _note(self, making: Making, chunk: Chunk, memory: memoryview, survivals: list[Survival | None]) -> None:
+    def _note(self, making: Making, chunk: Chunk, memory: memoryview, computed: list[Computed]) -> None:
         with self._moved:
             self._moved.wait_for(lambda: making.turn == chunk.number or self._failure is not None)
             if self._failure is not None:
                 raise self._failure
-        making.note(chunk, memory, survivals)
+        making.note(chunk, memory, computed)
         with self._moved:
             self._num_done += chunk.num_bytes
             self._moved.notify_all()

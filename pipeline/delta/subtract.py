@@ -20,6 +20,7 @@ from pipeline.delta import diagnostics
 from pipeline.delta.arithmetic import Formula, Rounding, is_scale
 from pipeline.delta.disk import Io, OutputFile
 from pipeline.delta.journal import Journal
+from pipeline.delta.making import Receipt
 from pipeline.delta.plan import Plan, make_plan
 from pipeline.delta.stream import Stream
 from pipeline.delta.survival import Survival
@@ -33,7 +34,7 @@ from pipeline.weights.writer import copy_extras, find_extras, main_dtype, requir
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes to write in all."""
 
-ARITHMETIC_VERSION = 3
+ARITHMETIC_VERSION = 4
 """Part of the recipe: to be raised whenever the same inputs would give other bytes, or another digest."""
 
 
@@ -61,7 +62,7 @@ def subtract(
     memory: str | int = "256MiB",
     io: Io = "auto",
     part: tuple[int, int] = (1, 1),
-    undoes: bool = False,
+    undoes: Callable[[Receipt], None] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Write the model base - scale * (tuned - base) into the folder `out`.
@@ -79,7 +80,8 @@ def subtract(
         memory: The most to use besides Python and its libraries, such as `256MiB`.
         io: `direct` past the page cache, `buffered` through it; `auto`: direct for large files
             where it can be had, but what the cache holds of the inputs is taken from there.
-        undoes: Whether this takes back an earlier subtraction, so that what survives of the change does not matter.
+        undoes: Where this takes back an earlier subtraction, so that what survives of the change does not matter: called with each
+            shard's receipt before the shard is put into its place, it raises InputError if what was read is not what it has to be.
         part: (i, n): do the i-th of n parts (from 1). The one that finishes last completes `out`.
 
     Raises:
@@ -97,8 +99,8 @@ def subtract(
     sizes = parse_size(max_shard_size), parse_size(memory)
     with closing(open_source(base)) as base_source, closing(open_source(tuned, base=base_source)) as tuned_source:
         plan = make_plan(base_source, tuned_source, dtype, sizes[0])
-        stream = Stream(plan, base_source, tuned_source, formula, sizes[1], io)
-        recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | ({"undoes": True} if undoes else {})
+        stream = Stream(plan, base_source, tuned_source, formula, sizes[1], io, undoes)
+        recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | ({"undoes": True} if undoes is not None else {})
         journal = Journal(out)
         manifest = journal.claim(recipe)
         if manifest is not None:
@@ -170,6 +172,7 @@ def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], form
                 "base_dtype": plan.items[info.name].base.dtype,
                 "shape": list(info.shape),
                 "blake3": receipts[info.name]["blake3"],
+                "inputs": receipts[info.name]["inputs"],
                 "survival": survivals[info.name].figures(formula.scale) if info.name in survivals else None,
             }
             for shard in plan.shards

@@ -1,21 +1,25 @@
 """Undo: the base back from theta' and the tuned model, by the same subtraction with another scale.
 
 theta' = base - s * (tuned - base) gives base = theta' - t * (tuned - theta') with t = -s / (1 + s). An adapter holds
-tuned - base itself, so there t = -s. A float32 base comes back within rounding, a 16-bit one bit
-for bit (unless the change was thousands of times larger than a weight).
+tuned - base itself, so there t = -s. A float32 base comes back within rounding, a 16-bit one bit for bit but for
+weights that the change was thousands of times larger than (zeros above all). theta' and the tuned model are compared, as they are read,
+with the digests that were noted when theta' was made: nothing is made from others.
 """
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from pipeline.delta.disk import Io
 from pipeline.delta.journal import Journal
+from pipeline.delta.making import Receipt
 from pipeline.delta.subtract import Outcome, Progress, subtract
 from pipeline.errors import InputError
 from pipeline.weights.adapter_config import FILE_NAME
 from pipeline.weights.digest import content_digest
+from pipeline.weights.open import open_source
 
 MOST_AMPLIFIED = 16.0
 """Up to how many times the rounding errors of theta' may grow: near scale -1, theta' is the tuned model and hardly holds the base."""
@@ -52,6 +56,7 @@ def undo(
             f"{tuned}: is not the tuned model that was subtracted (or it has changed since): the base cannot be had back from it"
         )
     _require_float32(forgotten, manifest)
+    _require_tensors(forgotten, manifest)
     return subtract(
         forgotten,
         tuned,
@@ -62,7 +67,7 @@ def undo(
         memory=memory,
         io=io,
         part=part,
-        undoes=True,
+        undoes=lambda receipt: _require_inputs(forgotten, tuned, manifest["tensors"], receipt),
         progress=progress,
     )
 
@@ -76,6 +81,43 @@ def undoing_scale(scale: float, is_delta: bool) -> float:
             f"scale {scale}: theta' is (nearly) the tuned model, and hardly holds the base; it cannot be had back within rounding"
         )
     return -scale / (1 + scale)
+
+
+def say_how_exact(forgotten: Path, back: Path) -> str:
+    """How many tensors of `back`, which `undo` made of `forgotten`, are the base's bit for bit."""
+    result, base = Journal(forgotten).manifest, Journal(back).manifest
+    assert result is not None and base is not None
+    num_equal = sum(tensor["blake3"] == result["tensors"][name]["inputs"]["base"] for name, tensor in base["tensors"].items())
+    num_tensors = len(base["tensors"])
+    return f"{num_equal} of {num_tensors} tensors are the base's bit for bit" + (
+        "" if num_equal == num_tensors else ", the others within float32 rounding"
+    )
+
+
+def _require_inputs(forgotten: Path, tuned: Path, tensors: dict[str, Any], receipt: Receipt) -> None:
+    """Raises InputError if the tensors of `receipt` were made of other bytes than those that were written, and subtracted."""
+    for name, noted in receipt.items():
+        read, right = noted["inputs"], tensors[name]
+        if read["base"] != right["blake3"]:
+            raise InputError(
+                f"{forgotten}: {name}: its bytes are not those that were written, so the base cannot be had back; `flearn delta verify"
+                f" {forgotten}` says what differs"
+            )
+        if read.get("tuned") != right["inputs"].get("tuned"):
+            raise InputError(f"{tuned}: {name} has other values than when it was subtracted; give the tuned model as it was then")
+
+
+def _require_tensors(forgotten: Path, manifest: dict[str, Any]) -> None:
+    """Raises InputError unless the result has the manifest's tensors, and the manifest says what they were made of."""
+    with closing(open_source(forgotten)) as source:
+        differing = sorted(source.tensors.keys() ^ manifest["tensors"].keys())
+    if differing:
+        raise InputError(f"{forgotten}: {differing[0]} is not in both its manifest.json and its weights: the result is damaged")
+    if not all(isinstance(tensor.get("inputs"), dict) and "base" in tensor["inputs"] for tensor in manifest["tensors"].values()):
+        raise InputError(
+            f"{forgotten}: was made by an older flearn, which did not note what it read: whether the base is right could not be told."
+            " Make it again"
+        )
 
 
 def _require_float32(forgotten: Path, manifest: dict[str, Any]) -> None:

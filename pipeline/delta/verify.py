@@ -12,8 +12,9 @@ from pipeline.delta.check import check_files, check_shards
 from pipeline.delta.disk import Io
 from pipeline.delta.explain import explain
 from pipeline.delta.journal import Journal
+from pipeline.delta.making import Receipt
 from pipeline.delta.plan import Plan, make_plan
-from pipeline.delta.stream import Receipt, Stream
+from pipeline.delta.stream import Stream
 from pipeline.delta.subtract import Progress
 from pipeline.errors import InputError
 from pipeline.weights.digest import content_digest

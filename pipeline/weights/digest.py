@@ -28,7 +28,7 @@ _NUM_READERS = 16
 def content_digest(path: Path) -> str:
     """16 hex digits: of a file's bytes, or of a folder's files by their names in it, hidden ones left out.
 
-    Files up to 8 MiB are read whole. Of larger ones: the size, the first MiB (a safetensors header, however long it is) and the last
+    Files up to 8 MiB are read whole, and so are adapters' weights. Of larger ones: the size, the first MiB (a safetensors header, however long it is) and the last
     (where torch's files have every tensor's checksum), and the first 4 KiB of every tensor of safetensors and of every MiB.
 
     Raises InputError if a file cannot be read.
@@ -39,8 +39,9 @@ def content_digest(path: Path) -> str:
         for name in files:
             with closing(PreadFile(name)) as file:
                 digest.update(f"{'' if name == path else name.relative_to(path)}\0{file.size}\0".encode())
-                if file.size <= _SMALL_FILE_BYTES:
-                    digest.update(file.read_bytes(0, file.size))
+                if file.size <= _SMALL_FILE_BYTES or name.name.startswith("adapter_model."):
+                    for offset in range(0, file.size, _MIB):
+                        digest.update(file.read_bytes(offset, min(_MIB, file.size - offset)))
                 else:
                     _sample(file, digest, readers)
     return digest.hexdigest()[:16]
