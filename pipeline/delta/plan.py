@@ -192,4 +192,5 @@ def _text(shape: tuple[int, ...]) -> str:
 def _raise(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
-        raise InputError(f"base and tuned model do not fit: {'; '.join(found)}")
+        advice = f" ({len(found)} problems; give a model and a fine-tuning of that very model)" if len(found) > 1 else ""
+        raise InputError(f"base and tuned model do not fit{advice}: {'; '.join(found)}")
