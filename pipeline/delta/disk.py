@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.delta.floats import Array, array_dtype, of_tensor
 from pipeline.delta.page_cache import is_cached, tells_its_pages
 from pipeline.errors import InputError
-from pipeline.weights.aside import AsideFile
+from pipeline.weights.aside import AsideFile, named
 from pipeline.weights.pread import PreadFile
 from pipeline.weights.source import DTYPE_BYTES, TensorSource
 from pipeline.weights.stored import Extent, StoredSource
@@ -152,11 +152,13 @@ class OutputFile(AsideFile):
         """Write the first `num_bytes` of `view` at `offset`. Both begin at a page, and `view` holds whole pages."""
         done = 0
         if self._direct is not None:
-            done = min(_write_direct(self._direct, view[: _pages_up(num_bytes)], offset), num_bytes)
+            with named(self.path):
+                done = min(_write_direct(self._direct, view[: _pages_up(num_bytes)], offset), num_bytes)
         self.write(view[done:num_bytes], offset + done)
 
     def commit(self) -> None:
-        os.ftruncate(self.descriptor, self.num_bytes)  # the last page was written whole
+        with named(self.path):
+            os.ftruncate(self.descriptor, self.num_bytes)  # the last page was written whole
         super().commit()
 
     def _close(self) -> None:

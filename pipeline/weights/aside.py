@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -23,30 +25,31 @@ class AsideFile:
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
-        """Raises OSError (ENOSPC, with the file's name) if the disk is too full."""
+        """Raises OSError (ENOSPC) if the disk is too full; this and all later ones have the file's name."""
         self.path = path
         self.num_bytes = num_bytes
         self.descriptor, self.temporary = _create(path)
         try:
-            os.posix_fallocate(self.descriptor, 0, num_bytes)
-        except BaseException as error:
-            if isinstance(error, OSError):
-                error.filename = str(path)
+            with named(path):
+                os.posix_fallocate(self.descriptor, 0, num_bytes)
+        except BaseException:
             self.abandon()
             raise
 
     def write(self, view: memoryview, offset: int) -> None:
         """Put the bytes of `view` at `offset`."""
-        while view:
-            num_written = os.pwrite(self.descriptor, view, offset)
-            view = view[num_written:]
-            offset += num_written
+        with named(self.path):
+            while view:
+                num_written = os.pwrite(self.descriptor, view, offset)
+                view = view[num_written:]
+                offset += num_written
 
     def commit(self) -> None:
         """Sync the file and rename it into place, replacing one of that name."""
-        os.fsync(self.descriptor)
-        os.fchmod(self.descriptor, 0o644)
-        os.replace(self.temporary, self.path)
+        with named(self.path):
+            os.fsync(self.descriptor)
+            os.fchmod(self.descriptor, 0o644)
+            os.replace(self.temporary, self.path)
         self._close()
         sync(self.path.parent)
 
@@ -72,6 +75,16 @@ class AsideFile:
         except BaseException:
             self.temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What the system says of a descriptor names no file; who reads it wants to know which."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _create(path: Path) -> tuple[int, Path]:

@@ -227,3 +227,16 @@ def test_others_files_do_not_tell_their_pages(cached: Path, monkeypatch: pytest.
     cached.read_bytes()
     monkeypatch.setattr(disk, "tells_its_pages", lambda path, descriptor: False)
     assert num_direct(cached, "auto", monkeypatch) == 1
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "ftruncate", "fsync", "replace"])
+def test_a_failing_disk_names_the_file(tmp_path: Path, io: Io, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(disk, "_LARGE_FILE_BYTES", 0)
+    with pytest.raises(OSError) as caught, OutputFile(tmp_path / "x.safetensors", PAGE, io) as output:
+        output.write_pages(page_memory(PAGE), PAGE, 0)
+    assert caught.value.filename == str(tmp_path / "x.safetensors")
+    assert not list(tmp_path.glob("*.safetensors*"))
