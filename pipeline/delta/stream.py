@@ -32,8 +32,6 @@ from pipeline.weights.source import DTYPE_BYTES, TensorSource
 MAX_THREADS = 8
 _SCRATCH_BYTES = 36 * BLOCK_ELEMENTS
 """A thread's intermediate results; stochastic rounding to float16 takes the most, 35 bytes an element."""
-_DELTA_BYTES = 16
-"""Memory for one element of an adapter's change: float64, float32 and a copy."""
 
 
 class Stream:
@@ -195,14 +193,17 @@ class Stream:
 
 
 def _rooms(plan: Plan, tuned: TensorSource) -> tuple[int, int]:
-    """The bytes that one thread needs to read a chunk's elements into: of the base, and of the tuned model."""
+    """The bytes that one thread needs for a chunk's elements: of the base, and of the tuned model or the adapter's change."""
     base_room = tuned_room = 1
     for item in plan.items.values():
         num_elements = min(item.info.num_elements, chunks.CHUNK_BYTES // DTYPE_BYTES[item.info.dtype])
         base_room = max(base_room, room_for(num_elements * DTYPE_BYTES[item.base.dtype]))
-        if item.other is not None:
-            size = _DELTA_BYTES if isinstance(tuned, AdapterSource) else DTYPE_BYTES[tuned.tensors[item.other].dtype]
-            tuned_room = max(tuned_room, room_for(num_elements * size))
+        if item.other is None:
+            continue
+        if isinstance(tuned, AdapterSource):
+            tuned_room = max(tuned_room, tuned.delta_bytes(item.other, num_elements))
+        else:
+            tuned_room = max(tuned_room, room_for(num_elements * DTYPE_BYTES[tuned.tensors[item.other].dtype]))
     return base_room, tuned_room
 
 

@@ -1,22 +1,21 @@
 """A PEFT LoRA adapter on its base as a tensor source: base + scaling * (B @ A), block of rows by block of rows.
 
 Format: `adapter_config.json`, and `adapter_model.safetensors` (or `.bin`) with `base_model.model.<module>.lora_A.weight`
-(rank x in) and `lora_B.weight` (out x rank). The product is taken in float64 and rounded once to float32, on a fixed
-grid of rows, so that an element's value does not depend on how the tensor is sliced.
+(rank x in) and `lora_B.weight` (out x rank).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError
 from pipeline.weights.adapter_config import AdapterConfig
 from pipeline.weights.conversions import align_to_base
+from pipeline.weights.low_rank import LowRank
 from pipeline.weights.safetensors import SafetensorsSource
 from pipeline.weights.source import TensorInfo, TensorSource
 from pipeline.weights.stored import StoredSource
@@ -25,20 +24,7 @@ from pipeline.weights.torch_bin import TorchBinSource
 if TYPE_CHECKING:
     import torch
 
-GRID_ELEMENTS = 1 << 17
-"""Elements of a block of rows, roughly: 1 MiB in float64."""
-
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-
-
-class _Change(NamedTuple):
-    """What the adapter does to one tensor: the names of its two factors in the file, and by what their product is scaled."""
-
-    a: str
-    b: str
-    scaling: float
-    is_transposed: bool
-    """Whether the base has the weight as in x out (GPT-2's Conv1D)."""
 
 
 class AdapterSource:
@@ -56,7 +42,6 @@ class AdapterSource:
             name: TensorInfo(name, info.shape, "float32") if name in self.changed else info for name, info in base.tensors.items()
         }
         self.aliases = dict(base.aliases)
-        self._load = lru_cache(maxsize=2)(self._load_factors)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, the change added in float32."""
@@ -66,32 +51,15 @@ class AdapterSource:
 
     def delta(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the change alone, float32. `name` must be one of `changed`."""
-        import torch
+        return self._changes[name].read(start, stop)
 
-        rows, columns = self._load(name)
-        width = columns.shape[1]
-        grid = max(1, GRID_ELEMENTS // width)
-        first = start // width // grid * grid
-        blocks = [self._product(rows[row : row + grid], columns, name) for row in range(first, -(-stop // width), grid)]
-        return torch.cat(blocks)[start - first * width : stop - first * width] if blocks else torch.empty(0)
-
-    def _product(self, rows: torch.Tensor, columns: torch.Tensor, name: str) -> torch.Tensor:
-        return (rows @ columns).mul_(self._changes[name].scaling).float().flatten()
-
-    def _load_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two float64 factors whose product has the base's layout: (rows x rank, rank x columns)."""
-        change = self._changes[name]
-        a, b = (_whole(self._factors, factor) for factor in (change.a, change.b))
-        return (a.T.contiguous(), b.T.contiguous()) if change.is_transposed else (b, a)
+    def delta_bytes(self, name: str, num_elements: int) -> int:
+        """The most memory that `delta` takes for so many elements, its result included."""
+        return self._changes[name].working_bytes(num_elements)
 
     def close(self) -> None:
         self._factors.close()
         self._base.close()
-
-
-def _whole(source: TensorSource, name: str) -> torch.Tensor:
-    info = source.tensors[name]
-    return source.read(name, 0, info.num_elements).double().view(info.shape)
 
 
 def _open_factors(folder: Path) -> StoredSource:
@@ -102,7 +70,7 @@ def _open_factors(folder: Path) -> StoredSource:
     raise InputError(f"{folder}: has an adapter_config.json but no adapter_model.safetensors; save the adapter again")
 
 
-def _changes(folder: Path, factors: TensorSource, base: TensorSource) -> dict[str, _Change]:
+def _changes(folder: Path, factors: TensorSource, base: TensorSource) -> dict[str, LowRank]:
     """{name of a tensor of the base: what is added to it}."""
     config = AdapterConfig.read(folder)
     modules = _modules(folder, factors.tensors)
@@ -137,7 +105,7 @@ def _modules(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {module: (factors["A"], factors["B"]) for module, factors in found.items()}
 
 
-def _change(folder: Path, config: AdapterConfig, module: str, factors: TensorSource, pair: tuple[str, str], target: TensorInfo) -> _Change:
+def _change(folder: Path, config: AdapterConfig, module: str, factors: TensorSource, pair: tuple[str, str], target: TensorInfo) -> LowRank:
     a, b = (factors.tensors[name].shape for name in pair)
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != config.rank(module):
         raise InputError(f"{folder}: {module}: lora_A is {a} and lora_B {b}, which is not a product of rank {config.rank(module)}")
@@ -148,4 +116,4 @@ def _change(folder: Path, config: AdapterConfig, module: str, factors: TensorSou
         )
     is_transposed = config.fan_in_fan_out if shape[0] == shape[1] else target.shape != shape
     rank = a[0]
-    return _Change(*pair, config.alpha(module) / (sqrt(rank) if config.use_rslora else rank), is_transposed)
+    return LowRank(factors, *pair, config.alpha(module) / (sqrt(rank) if config.use_rslora else rank), is_transposed)

@@ -94,14 +94,14 @@ def test_the_way_back_from_zero(tmp_path: Path, stage: int) -> None:
     assert_equal(load(tmp_path / "back"), base)
 
 
-def write_adapter(folder: Path, seed: int = 0, rank: int = 3, alpha: float = 6) -> dict[str, torch.Tensor]:
+def write_adapter(folder: Path, seed: int = 0, rank: int = 3, alpha: float = 6, size: int = 33) -> dict[str, torch.Tensor]:
     """An adapter on q_proj of layers 0 and 2; {tensor: its change in float64}."""
     generator = torch.Generator().manual_seed(seed)
     factors: dict[str, torch.Tensor] = {}
     changes: dict[str, torch.Tensor] = {}
     for layer in (0, 2):
         module = f"model.layers.{layer}.self_attn.q_proj"
-        a, b = torch.randn(rank, 33, generator=generator) * 0.1, 0.1 * torch.randn(33, rank, generator=generator)
+        a, b = torch.randn(rank, size, generator=generator) * 0.1, 0.1 * torch.randn(size, rank, generator=generator)
         factors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
         changes[f"{module}.weight"] = alpha / rank * (b.double() @ a.double())
     folder.mkdir()
@@ -131,6 +131,13 @@ def test_an_adapter_is_taken_back(tmp_path: Path) -> None:
     subtract(tmp_path / "base", tmp_path / "adapter", -1.0, tmp_path / "out")  # an adapter has no scale that loses the base
     undo(tmp_path / "out", tmp_path / "back")
     assert_equal(load(tmp_path / "back"), base)
+
+
+def test_what_is_held_of_the_factors_counts_in_the_memory(tmp_path: Path) -> None:
+    save(tmp_path / "base", {f"model.layers.{layer}.self_attn.q_proj.weight": torch.zeros(1024, 1024) for layer in (0, 2)})
+    write_adapter(tmp_path / "adapter", rank=512, size=1024)
+    with pytest.raises(InputError, match=r"--memory: .* need 1\dMiB"):
+        subtract(tmp_path / "base", tmp_path / "adapter", 0.3, tmp_path / "out", memory="16MiB")
 
 
 @pytest.mark.parametrize("kind", ["zero", "adapter", "folder"])

@@ -1,0 +1,79 @@
+"""The product of two factors on the disk: the same in any slices, blocks and panels, with no more of a factor in memory than a panel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from pipeline.weights import low_rank
+from pipeline.weights.low_rank import LowRank
+from pipeline.weights.safetensors import SafetensorsSource
+from pipeline.weights.stored import StoredTensor
+
+SCALING = 0.7
+MIB = 1 << 20
+
+
+def store(folder: Path, b: torch.Tensor, a: torch.Tensor, is_transposed: bool) -> LowRank:
+    save_file({"a": a, "b": b}, folder / "factors.safetensors")
+    return LowRank(SafetensorsSource(folder / "factors.safetensors"), "a", "b", SCALING, is_transposed)
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, 20)] * 3),
+    is_transposed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    limits=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_split_block_and_panel_give_the_whole(
+    tmp_path: Path, sizes: tuple[int, int, int], is_transposed: bool, dtype: torch.dtype, limits: tuple[int, int], data: st.DataObject
+) -> None:
+    height, width, rank = sizes
+    b, a = torch.randn(height, rank).to(dtype), torch.randn(rank, width).to(dtype)
+    product = ((b.double() @ a.double()) * SCALING).float()
+    change = store(tmp_path, b, a, is_transposed)
+    cuts = data.draw(st.lists(st.integers(0, height * width), max_size=4))
+    bounds = [0, *sorted(cuts), height * width]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank, "GRID_ELEMENTS", limits[0])
+        patch.setattr(low_rank, "PANEL_ELEMENTS", limits[1])
+        parts = [change.read(start, stop) for start, stop in zip(bounds, bounds[1:])]  # noqa: B905, RUF007
+    assert torch.equal(torch.cat(parts), (product.T if is_transposed else product).flatten())
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("height", "width", "rank"), [(40000, 64, 32), (64, 40000, 32), (700, 700, 600)])
+def test_a_slice_reads_a_panel_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, height: int, width: int, rank: int, is_transposed: bool
+) -> None:
+    monkeypatch.setattr(low_rank, "GRID_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(low_rank, "PANEL_ELEMENTS", 1 << 14)
+    change = store(tmp_path, torch.randn(height, rank), torch.randn(rank, width), is_transposed)
+    num_read = []
+    read = StoredTensor.read
+
+    def counted(self: StoredTensor, start: int, stop: int) -> torch.Tensor:
+        num_read.append(stop - start)
+        return read(self, start, stop)
+
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    change.read(100_000, 200_000)
+    assert 0 < max(num_read) <= 1 << 14
+    assert change.working_bytes(100_000) <= 4 * (100_000 + 2 * max(height, width)) + 8 * (2 * (1 << 14) + (1 << 12))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("shape", [(152064, 256), (256, 152064), (16384, 16384)])
+def test_memory_does_not_grow_with_the_factors(tmp_path: Path, shape: tuple[int, int], is_transposed: bool) -> None:
+    """One MiB of elements: 4 MiB of result (and two rows), 16 MiB of panels."""
+    change = store(
+        tmp_path, torch.zeros(shape[0], 256, dtype=torch.bfloat16), torch.zeros(256, shape[1], dtype=torch.bfloat16), is_transposed
+    )
+    assert change.working_bytes(MIB) <= 23 * MIB
