@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def _add_subtract(group: Any) -> None:
     parser = group.add_parser("subtract", help="write base - L * (tuned - base); run again to go on after a kill")
     parser.add_argument("--base", required=True, type=Path, metavar="SRC", help=f"what to subtract from: {SOURCE}")
     parser.add_argument("--tuned", required=True, type=Path, metavar="SRC", help="the base after fine-tuning, or an adapter on it")
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-1 for an option
     parser.add_argument("--scale", required=True, type=float, metavar="L", help="the paper's lambda")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder for the result")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "same"], default="float32", help="how weights are stored")
@@ -95,6 +97,7 @@ def _subtract(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             rounding=arguments.rounding,
             **_how(arguments),
+            announce=lambda line: print(line, flush=True),
             progress=progress,
         )
     print(_summary(outcome, arguments.out))
@@ -143,13 +146,15 @@ def _undo(arguments: argparse.Namespace) -> int:
 
 
 def _summary(outcome: Outcome, out: Path) -> str:
+    from rich.filesize import decimal
+
     if outcome.state == "waiting":
         return f"{out}: this part is done; {_count(outcome.num_waiting, 'shard')} left to other parts"
     if outcome.state == "found":
         return f"{out}: already done, nothing was written"
     manifest = outcome.manifest
     survival = manifest["survival"]
-    lines = [f"{out}: {manifest['num_bytes'] / 1e9:.2f} GB in {_count(len(manifest['shards']), 'shard')}, {manifest['dtype']}"]
+    lines = [f"{out}: {decimal(manifest['num_bytes'])} in {_count(len(manifest['shards']), 'shard')}, {manifest['dtype']}"]
     if survival["projection"] is not None and not manifest["recipe"].get("undoes"):
         lines.append(
             f"survival: {survival['share_changed']:.1%} of the weights changed; {survival['projection']:.1%} of the intended change"
@@ -165,7 +170,7 @@ def _count(number: int, noun: str) -> str:
 
 @contextmanager
 def _bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of bytes, bytes a second and time left, on a terminal; nothing elsewhere."""
+    """A bar of bytes, bytes a second and time left, on a terminal, from the first progress on; nothing elsewhere."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -173,6 +178,14 @@ def _bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda num_done, num_bytes: bar.update(task, completed=num_done, total=num_bytes)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(description, total=None)
+
+    def show(num_done: int, num_bytes: int) -> None:
+        bar.start()
+        bar.update(task, completed=num_done, total=num_bytes)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

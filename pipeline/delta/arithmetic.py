@@ -69,6 +69,8 @@ class Arithmetic:
         np.multiply(delta, self._scale, out=result)
         np.subtract(base32, result, out=result)
         self._store(name, start, result, out)
+        if self._scale == 0 and base.dtype == out.dtype:  # float32 would cut a float64 base short, and -0 - 0 * (-x) is 0
+            np.copyto(out, base)
         return _measure(base32, delta, result, None if base.dtype == out.dtype else out.dtype)
 
     @np.errstate(all="ignore")

@@ -8,7 +8,7 @@ Run again after a kill it goes on where it was; run again after the end it does 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -19,17 +19,19 @@ from pipeline.artifact import write_json
 from pipeline.delta import diagnostics
 from pipeline.delta.arithmetic import Formula, Rounding, is_scale
 from pipeline.delta.disk import Io, OutputFile
+from pipeline.delta.extras import extras_folder, extras_recipe, extras_warnings
 from pipeline.delta.journal import Journal
 from pipeline.delta.making import Receipt
 from pipeline.delta.plan import Plan, make_plan
+from pipeline.delta.sizes import state_sizes
 from pipeline.delta.stream import Stream
 from pipeline.delta.survival import Survival
 from pipeline.errors import InputError
 from pipeline.weights.digest import content_digest
 from pipeline.weights.open import open_source
 from pipeline.weights.safetensors import INDEX
-from pipeline.weights.shard import index_of, parse_size
-from pipeline.weights.writer import copy_extras, find_extras, main_dtype, require_free
+from pipeline.weights.shard import Shard, index_of, parse_size
+from pipeline.weights.writer import copy_extras, free_bytes, main_dtype, require_free
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes to write in all."""
@@ -63,12 +65,13 @@ def subtract(
     io: Io = "auto",
     part: tuple[int, int] = (1, 1),
     undoes: Callable[[Receipt], None] | None = None,
+    announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Write the model base - scale * (tuned - base) into the folder `out`.
 
     Args:
-        base: The model to subtract from: any tensor source's path. Config and tokenizer are copied from it.
+        base: The model to subtract from: any tensor source's path. Config and tokenizer are copied from it (of a file: from its folder).
         tuned: The fine-tuned model, or an adapter on `base`.
         scale: The paper's lambda.
         out: A new folder, or one that this very command was killed at.
@@ -83,6 +86,7 @@ def subtract(
         undoes: Where this takes back an earlier subtraction, so that what survives of the change does not matter: called with each
             shard's receipt before the shard is put into its place, it raises InputError if what was read is not what it has to be.
         part: (i, n): do the i-th of n parts (from 1). The one that finishes last completes `out`.
+        announce: Called with a line on the sizes before the work, if there is any.
 
     Raises:
         InputError: The models do not fit, `out` holds something else, the disk is too full, or a weight is not finite.
@@ -94,27 +98,48 @@ def subtract(
             raise InputError(f"{out}: lies in {source}, which is read; give another --out")
     if not 1 <= part[0] <= part[1]:
         raise InputError(f"part {part[0]}/{part[1]}: must be I/N with I from 1 to N")
-    find_extras(base)  # what may not be copied is said before anything is written
+    extras_folder(base)  # what may not be copied is said before anything is written
     formula = Formula(scale, rounding, seed)
     sizes = parse_size(max_shard_size), parse_size(memory)
     with closing(open_source(base)) as base_source, closing(open_source(tuned, base=base_source)) as tuned_source:
         plan = make_plan(base_source, tuned_source, dtype, sizes[0])
         stream = Stream(plan, base_source, tuned_source, formula, sizes[1], io, undoes)
-        recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | ({"undoes": True} if undoes is not None else {})
-        journal = Journal(out)
-        manifest = journal.claim(recipe)
-        if manifest is not None:
-            return Outcome("found", manifest, 0)
-        missing = [shard for shard in plan.shards[part[0] - 1 :: part[1]] if journal.receipt(shard) is None]
-        num_bytes = sum(shard.num_bytes for shard in missing)
-        require_free(out, num_bytes)
-        stream.run(
-            missing,
-            open_output=lambda shard: OutputFile(out / shard.file_name, shard.num_bytes, io),
-            on_whole=journal.record,
-            on_progress=lambda num_done: progress(num_done, num_bytes) if progress is not None else None,
-        )
-    return _finish(journal, plan, recipe, formula)
+        recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | extras_recipe(base) | ({"undoes": True} if undoes is not None else {})
+        shards = plan.shards[part[0] - 1 :: part[1]]
+        with closing(Journal(out)) as journal:
+            manifest = journal.claim(recipe, lambda: require_free(out, _num_bytes(shards)))
+            if manifest is not None:
+                _require_whole(out, plan)
+                return Outcome("found", manifest, 0)
+            missing = [shard for shard in shards if journal.receipt(shard) is None]
+            num_bytes = _num_bytes(missing)
+            require_free(out, num_bytes)
+            if announce is not None:
+                announce(state_sizes(plan, missing, part, free_bytes(out)))
+            stream.run(
+                missing,
+                open_output=lambda shard: OutputFile(out / shard.file_name, shard.num_bytes, io),
+                on_whole=journal.record,
+                on_progress=lambda num_done: progress(num_done, num_bytes) if progress is not None else None,
+            )
+            return _finish(journal, plan, recipe, formula)
+
+
+def _num_bytes(shards: Sequence[Shard]) -> int:
+    return sum(shard.num_bytes for shard in shards)
+
+
+def _require_whole(out: Path, plan: Plan) -> None:
+    """Raises InputError if a finished result has since lost a shard, or has another file in its place (sizes and headers are looked at)."""
+    lost = [
+        f"{shard.file_name} {'has another size or header' if (out / shard.file_name).is_file() else 'is missing'}"
+        for shard in plan.shards
+        if not shard.is_written(out)
+    ]
+    if len(plan.shards) > 1 and not (out / INDEX).is_file():
+        lost.append(f"{INDEX} is missing")
+    if lost:
+        raise InputError(f"{out}: was finished, but {', '.join(lost)}; restore what is lost, or delete {out} and run again")
 
 
 def _recipe(base: Path, tuned: Path, formula: Formula, dtype: str | dict[str, str], max_shard_bytes: int) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def _finish(journal: Journal, plan: Plan, recipe: dict[str, Any], formula: Formu
     receipts = [journal.receipt(shard) for shard in plan.shards]
     num_waiting = receipts.count(None)
     if num_waiting:
-        manifest = journal.claim(recipe)  # another worker may have completed the output just now
+        manifest = journal.claim(recipe, lambda: None)  # another worker may have completed the output just now
         return Outcome("written", manifest, 0) if manifest is not None else Outcome("waiting", {}, num_waiting)
     manifest = _manifest(plan, {name: noted for receipt in receipts if receipt for name, noted in receipt.items()}, recipe, formula)
     journal.commit(manifest, lambda folder: _write_files(folder, plan, Path(recipe["base"]["path"])))
@@ -148,11 +173,13 @@ def _write_files(folder: Path, plan: Plan, base: Path) -> None:
     """What makes shards a model folder: the index, and the base's config and tokenizer where it has them."""
     if len(plan.shards) > 1:
         write_json(folder / INDEX, index_of(plan.shards))
-    if base.is_dir():
-        copy_extras(base, folder, main_dtype(plan.shards))
+    extras = extras_folder(base)
+    if extras is not None:
+        copy_extras(extras, folder, main_dtype(plan.shards))
 
 
 def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], formula: Formula) -> dict[str, Any]:
+    base = Path(recipe["base"]["path"])
     survivals = {name: Survival(**receipts[name]["survival"]) for name, item in plan.items.items() if item.other is not None}
     dtype = main_dtype(plan.shards)
     return {
@@ -161,7 +188,7 @@ def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], form
         "dtype": dtype,
         "num_bytes": plan.num_bytes,
         "survival": diagnostics.total(survivals).figures(formula.scale),
-        "warnings": [] if recipe.get("undoes") else diagnostics.warnings(survivals, formula.scale, dtype),
+        "warnings": [] if recipe.get("undoes") else [*diagnostics.warnings(survivals, formula.scale, dtype), *extras_warnings(base)],
         "notes": plan.notes,
         "layers": diagnostics.layers(survivals, formula.scale),
         "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in plan.shards],

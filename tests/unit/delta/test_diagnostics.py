@@ -59,6 +59,7 @@ def test_every_tensor_has_its_own_survival(tmp_path: Path) -> None:
 def test_a_change_that_16_bits_swallow_is_warned_of(tmp_path: Path) -> None:
     base = layered(0) | {"model.norm.weight": torch.ones(33, dtype=torch.bfloat16)}
     save(tmp_path / "base", base)
+    (tmp_path / "base/config.json").write_text("{}")
     save(tmp_path / "tuned", nudged(base, 1, std=2e-5))
     warnings = subtract(tmp_path / "base", tmp_path / "tuned", 0.1, tmp_path / "out", dtype="same").manifest["warnings"]
     assert "of the intended change survives in bfloat16" in warnings[0]
@@ -68,6 +69,7 @@ def test_a_change_that_16_bits_swallow_is_warned_of(tmp_path: Path) -> None:
 
 def test_nothing_to_subtract_is_warned_of(tmp_path: Path) -> None:
     base = save(tmp_path / "base", layered(0))
+    (base / "config.json").write_text("{}")
     save(tmp_path / "tuned", layered(0))
     assert subtract(base, tmp_path / "tuned", 0.3, tmp_path / "out").manifest["warnings"] == [
         "the tuned model equals the base: there was nothing to subtract"

@@ -19,6 +19,7 @@ from pipeline.delta import chunks
 from pipeline.delta import stage as forget
 from pipeline.delta.disk import PAGE
 from pipeline.delta.parts import missing_parts
+from pipeline.errors import InputError
 
 NUM_LAYERS = 100
 
@@ -87,6 +88,18 @@ def test_a_warning_in_the_middle_loses_no_shard_that_is_done(inputs: dict[str, A
     assert {path: after[path] for path in before} == before
     right = formula(load(tmp_path / "base/model"), load(tmp_path / "tuned/model"), 0.3)
     assert all(values.equal(right[name]) for name, values in load(out / "model").items())
+
+
+def test_what_was_finished_is_found_again_and_what_was_lost_since_is_named(
+    inputs: dict[str, Artifact], context: Context, tmp_path: Path
+) -> None:
+    """A stage that is killed before its own manifest runs once more."""
+    facts = run(inputs, tmp_path / "out", context)
+    assert run(inputs, tmp_path / "out", context) == facts is not None
+    lost = sorted(whole(tmp_path / "out"))[1]
+    lost.unlink()
+    with pytest.raises(InputError, match=f"{lost.name} is missing; .* delete {tmp_path / 'out/model'}"):
+        run(inputs, tmp_path / "out", context)
 
 
 def test_a_part_that_was_stopped_is_still_missing(inputs: dict[str, Artifact], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from delta_models import layered, nudged, save
 from pipeline.delta.subtract import subtract
 from pipeline.errors import InputError
 
-MOMENTS = [(io, "open"), *((os, name) for name in ("scandir", "mkdir", "rename", "replace", "unlink", "rmdir"))]
+MOMENTS = [(io, "open"), (fcntl, "flock"), *((os, name) for name in ("scandir", "mkdir", "rename", "replace", "unlink", "rmdir"))]
 """The functions by which a worker sees or changes what the other sees: before each call of one is a moment."""
 
 OPTIONS: dict[str, Any] = {"max_shard_size": 20_000, "memory": "16MiB"}

@@ -3,8 +3,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +62,16 @@ def test_scale_0_in_the_bases_dtype_is_the_base(tmp_path: Path) -> None:
     outcome = subtract(base, tuned, 0.0, tmp_path / "out", dtype="same")
     assert equal(load(tmp_path / "out"), load(base))
     assert "scale is 0" in outcome.manifest["warnings"][0]
+
+
+def test_scale_0_gives_float64_and_negative_zeros_back_bit_for_bit(tmp_path: Path) -> None:
+    base = {"a.weight": torch.randn(9, 1001, dtype=torch.float64), "b.weight": torch.full((5, 7), -0.0)}
+    tuned = {"a.weight": base["a.weight"] + 0.01, "b.weight": torch.full((5, 7), -0.01)}
+    save(tmp_path / "base", base)
+    manifest = subtract(tmp_path / "base", save(tmp_path / "tuned", tuned), 0.0, tmp_path / "out", dtype="same").manifest
+    assert (tmp_path / "out/model.safetensors").read_bytes()[-9000:] == (tmp_path / "base/model.safetensors").read_bytes()[-9000:]
+    assert all(torch.equal(values.view(torch.int32), base[name].view(torch.int32)) for name, values in load(tmp_path / "out").items())
+    assert manifest["survival"]["share_changed"] == 0 and manifest["survival"]["delta_norm"] == pytest.approx(0.01 * 9044**0.5, rel=1e-3)
 
 
 def test_the_index_and_the_manifest_say_where_tensors_are(tmp_path: Path) -> None:
@@ -133,6 +145,26 @@ def test_a_finished_result_is_found_and_not_written_again(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
 
 
+def test_a_finished_result_that_lost_or_changed_a_file_is_refused(tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path)
+    subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD)
+    right = contents(tmp_path / "out")
+    one, two, three = (f"model-{number:05d}-of-00005.safetensors" for number in (2, 4, 5))
+    (tmp_path / "out" / one).unlink()
+    os.truncate(tmp_path / "out" / two, 1000)
+    (tmp_path / "out" / three).write_bytes(right[three].replace(b"layers.", b"lawyers"))
+    (tmp_path / "out/model.safetensors.index.json").unlink()
+    with pytest.raises(InputError) as caught:
+        subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD)
+    lost = (
+        f"{one} is missing, {two} has another size or header, {three} has another size or header, model.safetensors.index.json is missing"
+    )
+    assert str(caught.value) == f"{tmp_path}/out: was finished, but {lost}; restore what is lost, or delete {tmp_path}/out and run again"
+    for name, content in right.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    assert subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD).state == "found"
+
+
 def test_what_a_killed_twin_left_in_a_finished_result_goes_when_it_is_found(tmp_path: Path) -> None:
     base, tuned = write_pair(tmp_path)
     subtract(base, tuned, 0.3, tmp_path / "out")
@@ -166,7 +198,7 @@ def test_a_failed_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
         subtract(base, tuned, 0.3, tmp_path / "out", **ONE_THREAD)
     left = contents(tmp_path / "out")
     assert any(name.endswith(".safetensors") for name in left)
-    assert not any(name.endswith((".tmp", "00003-of-00009.safetensors")) or name == "manifest.json" for name in left)
+    assert not any(name.endswith((".tmp", "00003-of-00005.safetensors")) or name == "manifest.json" for name in left)
     kept = next(tmp_path.glob("out/model-00001*"))
     written = kept.stat().st_mtime_ns
     subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD)
@@ -274,6 +306,24 @@ def test_buffers_are_the_bases(tmp_path: Path) -> None:
     assert made["count"].dtype == torch.int64
 
 
+def test_what_lies_beside_a_single_file_comes_along_if_there_is_a_config(tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path)
+    (base / "tokenizer.json").write_text("{}")
+    file = base / "model.safetensors"
+    manifest = subtract(file, tuned, 0.3, tmp_path / "bare").manifest
+    assert contents(tmp_path / "bare").keys() == {"manifest.json", "model.safetensors"}
+    assert "the result has no config.json" in manifest["warnings"][-1]
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    manifest = subtract(file, tuned, 0.3, tmp_path / "out").manifest
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llama", "dtype": "float32"}
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    assert manifest["warnings"] == []
+    assert subtract(file, tuned, 0.3, tmp_path / "out").state == "found"
+    (base / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match=r"of another recipe \(extras .*base with other contents\)"):
+        subtract(file, tuned, 0.3, tmp_path / "out")
+
+
 def test_what_belongs_to_the_base_comes_along(tmp_path: Path) -> None:
     base, tuned = write_pair(tmp_path)
     (base / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')
@@ -304,11 +354,30 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, op
     assert not out.exists()
 
 
-def test_a_full_disk_is_met_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def leave_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=num_bytes))
+
+
+def test_a_full_disk_is_met_before_anything_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = write_pair(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result if False else type("Usage", (), {"free": 1000})())
-    with pytest.raises(InputError, match="GB are free"):
+    leave_free(monkeypatch, 50_000)
+    with pytest.raises(InputError, match=r"out: 71\.9 kB are needed and 50\.0 kB are free"):
         subtract(base, tuned, 0.3, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert subtract(base, tuned, 0.3, tmp_path / "out", dtype="same").state == "written"
+
+
+def test_shards_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = write_pair(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        fail_at_shard(patch, 4)
+        subtract(base, tuned, 0.3, tmp_path / "out", **ONE_THREAD)
+    lines: list[str] = []
+    leave_free(monkeypatch, 40_000)
+    assert subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, announce=lines.append).state == "written"
+    assert re.fullmatch(r"writes 30\.0 kB in 2 of 5 shards, 7\d\.\d kB in all \(float32; .*\); 40\.0 kB are free", lines[0])
+    assert subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, announce=lines.append).state == "found"
+    assert len(lines) == 1
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:

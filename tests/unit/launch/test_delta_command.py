@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,39 @@ def test_subtract_writes_a_model_and_says_what_survived(tmp_path: Path, capsys: 
     made, right = load(tmp_path / "out"), formula(load(base), load(tuned), 0.3)
     assert all(made[name].equal(values) for name, values in right.items())
     told = capsys.readouterr().out
-    assert "1 shard" in told and "float32" in told
+    assert re.match(r"writes 71\.\d kB in 1 shard \(float32; the base is bfloat16, 36\.\d kB\); \d.* are free\n", told)
+    assert "out: 71." in told and "kB in 1 shard, float32" in told
     assert "100.0% of the intended change is stored" in told
     assert subtract(tmp_path) == 0
     assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", ["-1e-1", "-.1", "-1E-1", "-0.1"])
+def test_a_negative_scale_is_no_option(tmp_path: Path, scale: str) -> None:
+    base, tuned = write_pair(tmp_path)
+    assert subtract(tmp_path, "--scale", scale) == 0
+    right = formula(load(base), load(tuned), -0.1)
+    assert all(made.equal(right[name]) for name, made in load(tmp_path / "out").items())
+
+
+def test_a_result_without_a_config_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, _ = write_pair(tmp_path)
+    assert subtract(tmp_path) == 0
+    assert f"warning: the result has no config.json, for {base} has none" in capsys.readouterr().out.splitlines()[-1]
+    (base / "config.json").write_text("{}")
+    assert subtract(tmp_path, "--out", str(tmp_path / "other")) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_result_that_has_lost_a_shard_is_not_called_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pair(tmp_path)
+    assert subtract(tmp_path, "--max-shard-size", "20KB") == 0
+    (tmp_path / "out/model-00003-of-00005.safetensors").unlink()
+    capsys.readouterr()
+    assert subtract(tmp_path, "--max-shard-size", "20KB") == 2
+    told = capsys.readouterr()
+    assert "model-00003-of-00005.safetensors is missing" in told.err and len(told.err.splitlines()) == 1
+    assert told.out == ""
 
 
 def test_a_narrow_result_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +66,9 @@ def test_a_narrow_result_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pair(tmp_path)
     assert subtract(tmp_path, "--max-shard-size", "20KB", "--part", "2/2") == 0
-    assert "left to other parts" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert re.match(r"part 2/2 writes 2\d\.\d kB in 2 of 5 shards, 7\d\.\d kB in all \(float32; ", told)
+    assert "left to other parts" in told
     assert subtract(tmp_path, "--max-shard-size", "20KB", "--part", "1/2") == 0
     assert "of the intended change is stored" in capsys.readouterr().out
 
@@ -89,10 +121,27 @@ def test_verify_exits_1_and_names_what_differs(tmp_path: Path, capsys: pytest.Ca
     assert main(["delta", "verify", str(tmp_path / "base")]) == 2
 
 
+def test_verify_says_in_one_line_what_it_could_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pair(tmp_path)
+    subtract(tmp_path, "--max-shard-size", "20KB", "--part", "1/2")
+    capsys.readouterr()
+    assert main(["delta", "verify", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith(f"{tmp_path / 'out'}: not finished, ") and "run the same command again" in told and told.count("\n") == 1
+    subtract(tmp_path, "--max-shard-size", "20KB", "--part", "2/2")
+    (tmp_path / "tuned").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["delta", "verify", str(tmp_path / "out")]) == 0
+    said = f"as it was written; not compared with its inputs: the tuned model {tmp_path / 'tuned'} is not there"
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: {said}\n"
+
+
 def test_undo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, _ = write_pair(tmp_path)
     subtract(tmp_path)
     assert main(["delta", "undo", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
     back = load(tmp_path / "back")
     assert all(back[name].equal(values) for name, values in load(base).items())
-    assert "survival" not in capsys.readouterr().out.splitlines()[-1]
+    told = capsys.readouterr().out
+    assert "survival" not in told.splitlines()[-1]
+    assert f"{len(back)} of {len(back)} tensors are the base's bit for bit" in told

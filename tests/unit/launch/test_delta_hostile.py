@@ -129,6 +129,29 @@ def test_a_file_to_copy_that_is_a_link_out_of_the_folder(tmp_path: Path, capsys:
     assert [path for path in (tmp_path / "out").rglob("*.json") if "llama" in path.read_text()]
 
 
+CONFIGS = ["{", "[]", "[" * 100_000, r'{"name": "\ud800"}']
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_damaged_config_is_met_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    base, _ = write_pair(tmp_path)
+    (base / "config.json").write_text(text)
+    assert f"{base / 'config.json'}: not" in subtract(capsys, tmp_path)
+    assert f"{base / 'config.json'}: not" in subtract(capsys, tmp_path, "--base", str(base / "model.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_link_out_of_the_folder_beside_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    base, _ = write_pair(tmp_path)
+    (base / "config.json").write_text("{}")
+    (base / name).unlink(missing_ok=True)
+    (tmp_path / "secret.json").write_text("{}")
+    (base / name).symlink_to(tmp_path / "secret.json")
+    assert f"{name}: is a link out" in subtract(capsys, tmp_path, "--base", str(base / "model.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_link_to_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, tuned = write_pair(tmp_path)
     (tuned / "model.safetensors").unlink()
