@@ -9,6 +9,7 @@ A universal checkpoint (`ds_to_universal`) has the same model states, and `zero/
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -16,11 +17,15 @@ from typing import Any, TypeVar
 
 from pipeline.errors import InputError
 from pipeline.weights.pread import PreadFile
+from pipeline.weights.source import DTYPE_BYTES
+from pipeline.weights.stored import StoredTensor
 from pipeline.weights.torch_file import ShapedTensor, TorchFile
 
 T = TypeVar("T")
 
 _LATEST = ("latest", "latest_universal")
+_FORMATS = {"float64": "<d", "float32": "<f", "float16": "<e", "bfloat16": "<f", "bool": "<?"}
+"""struct's name for one number that is no integer."""
 _OPTIM = re.compile(r"(?:bf16_)?(?P<expert>exp)?(?:zero_)?pp_rank_(?P<rank>\d+)_mp_rank_(?P<model_rank>\d+)_optim_states\.pt")
 
 
@@ -171,8 +176,19 @@ def _optimizer_steps(optim: dict[str, Any]) -> list[float]:
 
 def _number(value: Any) -> float:
     if isinstance(value, ShapedTensor) and value.stored.num_elements == 1:
-        return float(value.stored.read(0, 1)[0])
+        return _stored_number(value.stored)
     return float(value) if isinstance(value, (int, float)) else -1.0
+
+
+def _stored_number(stored: StoredTensor) -> float:
+    """The only element, from its bytes: importing torch for it would take longer than all else that is read here."""
+    [piece] = stored.pieces
+    read = piece.file.read_bytes(piece.offset, DTYPE_BYTES[stored.dtype])
+    if "int" in stored.dtype:
+        return float(int.from_bytes(read, "little", signed=stored.dtype != "uint8"))
+    if stored.dtype == "bfloat16":
+        read = bytes(2) + read  # the upper half of a float32
+    return float(struct.unpack(_FORMATS[stored.dtype], read)[0])
 
 
 def _require_plain_layout(file: TorchFile, stage: int) -> None:

@@ -81,11 +81,15 @@ sys.exit(code)
     assert "to do" in done.stdout
 
 
-def test_subtracting_imports_no_torch(tmp_path: Path) -> None:
-    """It takes as long to import as a gigabyte takes to subtract. An adapter's products alone need it."""
-    from delta_models import write_pair
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_subtracting_imports_no_torch(tmp_path: Path, stage: int | None) -> None:
+    """It takes as long to import as a gigabyte takes to subtract. An adapter's products alone need it; a ZeRO stage does not."""
+    from delta_models import load, write_pair
+    from zero_checkpoint import Checkpoint
 
     base, tuned = write_pair(tmp_path)
+    if stage is not None:
+        tuned = Checkpoint(stage, 2, [load(tuned)], has_moments=True).write(tmp_path / "checkpoints")
     code = f"""
 import sys
 from launch.cli import main

@@ -116,6 +116,27 @@ def test_a_stage_as_debian_12s_python_pickles_it(tmp_path: Path, monkeypatch: py
     assert open_source(folder).kind == "zero-2"
 
 
+def write_steps(folder: Path, *steps: Any) -> Path:
+    """A checkpoint of as many ranks, whose optimizer states say these steps."""
+    tag = Checkpoint(2, len(steps), [{"a": torch.ones(5)}]).write(folder)
+    for rank, step in enumerate(steps):
+        path = tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        content = torch.load(path, weights_only=True)
+        content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["step"] = step
+        torch.save(content, path)
+    return tag
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+
+
+@pytest.mark.parametrize("step", [7, 7.0, torch.tensor([7.0]), *(torch.tensor(7, dtype=dtype) for dtype in DTYPES)], ids=repr)
+def test_an_optimizers_step_is_the_same_number_whatever_it_is_stored_as(tmp_path: Path, step: Any) -> None:
+    assert open_source(write_steps(tmp_path / "same", step, torch.tensor(7.0))).kind == "zero-2"
+    with pytest.raises(InputError, match=r"optimizer step 8\.0, .* has 7\.0; files of different saves are mixed"):
+        open_source(write_steps(tmp_path / "mixed", step, torch.tensor(8.0)))
+
+
 JUNK: list[Any] = [None, 3, -1, "text", [], {}, [3], {"a": 3}, {3: "a"}, (1, "x"), [[None]], torch.ones(2), [torch.ones(2)], float("nan")]
 KEYS = [
     ("optim", ("optimizer_state_dict",)),
