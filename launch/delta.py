@@ -124,14 +124,12 @@ def _verify(arguments: argparse.Namespace) -> int:
         verdict = verify(arguments.out, memory=arguments.memory, io=arguments.io, progress=progress)
     for problem in verdict.problems:
         print(printable(problem))
-    for note in verdict.notes:
-        print(printable(f"note: {note}"))
-    print(f"{arguments.out}: " + (f"{len(verdict.problems)} differ" if verdict.problems else "as it should be"))
-    return 1 if verdict.problems else 0
+    print(printable(f"{arguments.out}: {verdict.summary}"))
+    return 0 if verdict.is_good else 1
 
 
 def _undo(arguments: argparse.Namespace) -> int:
-    from pipeline.delta.undo import undo
+    from pipeline.delta.undo import say_how_exact, undo
 
     with _bar("undoing") as progress:
         outcome = undo(
@@ -142,6 +140,8 @@ def _undo(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     print(_summary(outcome, arguments.out))
+    if outcome.state != "waiting":
+        print(say_how_exact(arguments.forgotten, arguments.out))
     return 0
 
 

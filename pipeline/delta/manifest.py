@@ -52,7 +52,9 @@ def is_manifest(value: Any) -> bool:
     if not (all(_has(one, _INPUT) for one in inputs) and all(_has(one, _SHARD) for one in shards)):
         return False
     files = {shard["file"] for shard in shards}
-    return bool(files) and all(_has(one, _TENSOR) and one["file"] in files and one["base_dtype"] in DTYPE_BYTES for one in tensors)
+    if not all(_has(one, _TENSOR) and isinstance(one.get("inputs", {}), dict) for one in tensors):  # older ones have no inputs
+        return False
+    return bool(files) and all(one["file"] in files and one["base_dtype"] in DTYPE_BYTES for one in tensors)
 
 
 def is_receipt(value: Any, names: Collection[str] | None = None) -> bool:

@@ -1,9 +1,9 @@
 """Undo: the base back from theta' and the tuned model, by the same subtraction with another scale.
 
 theta' = base - s * (tuned - base) gives base = theta' - t * (tuned - theta') with t = -s / (1 + s). An adapter holds
-tuned - base itself, so there t = -s. A float32 base comes back within rounding, a 16-bit one bit for bit but for
-weights that the change was thousands of times larger than (zeros above all). theta' and the tuned model are compared, as they are read,
-with the digests that were noted when theta' was made: nothing is made from others.
+tuned - base itself, so there t = -s. A float32 base comes back within rounding, a 16-bit one bit for bit but for weights
+that are 0 or many thousand times smaller than their change. So it is not the result that is compared: theta' and the tuned
+model are, as they are read, with the digests that were noted when theta' was made, before a shard is put into its place.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _require_tensors(forgotten: Path, manifest: dict[str, Any]) -> None:
         differing = sorted(source.tensors.keys() ^ manifest["tensors"].keys())
     if differing:
         raise InputError(f"{forgotten}: {differing[0]} is not in both its manifest.json and its weights: the result is damaged")
-    if not all(isinstance(tensor.get("inputs"), dict) and "base" in tensor["inputs"] for tensor in manifest["tensors"].values()):
+    if not all("base" in tensor.get("inputs", {}) for tensor in manifest["tensors"].values()):
         raise InputError(
             f"{forgotten}: was made by an older flearn, which did not note what it read: whether the base is right could not be told."
             " Make it again"

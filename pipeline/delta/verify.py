@@ -30,7 +30,24 @@ class Verdict(NamedTuple):
     problems: list[str]
     """Each names what differs; empty: the result is what it should be."""
     notes: list[str]
-    """What could not be compared."""
+    """Inputs that are no longer there, so that the result could not be compared with them."""
+    unfinished: str = ""
+    """Of a result that is not finished: how far it is."""
+
+    @property
+    def is_good(self) -> bool:
+        return not self.problems and not self.unfinished
+
+    @property
+    def summary(self) -> str:
+        """What was found, in one line."""
+        said = [f"{len(self.problems)} differ"] if self.problems else []
+        if self.unfinished:
+            said.append(self.unfinished)
+        if self.notes:
+            said = said or ["as it was written"]
+            said.append(f"not compared with its inputs: {', '.join(self.notes)}")
+        return "; ".join(said) or "as it should be"
 
 
 def verify(out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress: Progress | None = None) -> Verdict:
@@ -64,8 +81,8 @@ def _verify_unfinished(journal: Journal, io: Io) -> Verdict:
         )
     shards = {file: {name: noted["blake3"] for name, noted in receipt.items()} for file, receipt in journal.receipts().items()}
     differing = check_shards(journal.out, shards, io, lambda num_read: None)
-    unfinished = f"{journal.out}: not finished, {len(shards)} shards are done; the command that began it goes on with it"
-    return Verdict([unfinished, *differing.values()], [])
+    done = f"not finished, {len(shards)} shards are done{'' if differing else ' and as they were written'}"
+    return Verdict([*differing.values()], [], f"{done}; run the same command again, it goes on from there")
 
 
 def _tensors_by_file(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -93,7 +110,7 @@ def _against_inputs(
     for role in ("base", "tuned"):
         path = Path(recipe[role]["path"])
         if not path.exists():
-            verdict.notes.append(f"the {role} model {path} is no longer there: not compared with it")
+            verdict.notes.append(f"the {role} model {path} is not there")
         elif content_digest(path) != recipe[role]["digest"]:
             verdict.problems.append(f"the {role} model {path} has changed since the result was made")
     if verdict.notes or verdict.problems:
@@ -105,7 +122,10 @@ def _against_inputs(
         stream = Stream(plan, base, tuned, formula, memory_bytes, io)
         stream.run(plan.shards, lambda shard: _Nowhere(), lambda shard, receipt: receipts.update(receipt), on_progress)
         for name, noted in receipts.items():
-            if noted["blake3"] != manifest["tensors"].get(name, {}).get("blake3"):
+            right = manifest["tensors"].get(name, {})
+            changed = [role for role, digest in noted["inputs"].items() if digest != right.get("inputs", {}).get(role, digest)]
+            verdict.problems.extend(f"{name}: the {role} model has changed since the result was made" for role in changed)
+            if not changed and noted["blake3"] != right.get("blake3"):
                 verdict.problems.append(f"{name}: the manifest's digest is not that of base - scale * (tuned - base)")
         verdict.problems.extend(_explained(out, manifest, differing, plan, base, tuned, formula))
     return verdict

@@ -28,8 +28,9 @@ _NUM_READERS = 16
 def content_digest(path: Path) -> str:
     """16 hex digits: of a file's bytes, or of a folder's files by their names in it, hidden ones left out.
 
-    Files up to 8 MiB are read whole, and so are adapters' weights. Of larger ones: the size, the first MiB (a safetensors header, however long it is) and the last
-    (where torch's files have every tensor's checksum), and the first 4 KiB of every tensor of safetensors and of every MiB.
+    Files up to 8 MiB are read whole, and so are adapters' weights. Of larger ones: the size, the first MiB (a safetensors header,
+    however long it is) and the last (where torch's files have every tensor's checksum), and the first 4 KiB of every tensor of
+    safetensors and of every MiB. What changes elsewhere goes unseen.
 
     Raises InputError if a file cannot be read.
     """

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 from zero_checkpoint import Checkpoint
 
 from pipeline.delta.subtract import subtract
-from pipeline.delta.verify import verify
+from pipeline.delta.verify import Verdict, verify
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +90,7 @@ def test_loads_and_has_the_references_logits(base: Path, tmp_path: Path, source:
     assert made.dtype == torch.float32
     with torch.no_grad():
         assert torch.equal(made(IDS).logits, expected_logits(base, tuned))
-    assert verify(tmp_path / "out") == ([], [])
+    assert verify(tmp_path / "out") == Verdict([], [])
 
 
 def test_the_config_says_the_new_dtype_and_nothing_else(base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.delta import disk
 from pipeline.delta import subtract as module
 from pipeline.delta.disk import InputFile, Io, OutputFile
 from pipeline.delta.subtract import subtract
-from pipeline.delta.verify import verify
+from pipeline.delta.verify import Verdict, verify
 from pipeline.errors import InputError
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -45,14 +45,14 @@ def only_problem(out: Path) -> str:
 
 
 def test_a_sound_result_has_no_problems(out: Path) -> None:
-    assert verify(out) == ([], [])
+    assert verify(out) == Verdict([], [])
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16", "rounding": "stochastic"}, {"dtype": "same"}, {"dtype": "float16"}])
 def test_so_has_one_in_16_bits(tmp_path: Path, options: dict[str, Any]) -> None:
     base, tuned = write_pair(tmp_path)
     subtract(base, tuned, 0.7, tmp_path / "out", seed=5, **options)
-    assert verify(tmp_path / "out") == ([], [])
+    assert verify(tmp_path / "out") == Verdict([], [])
 
 
 def test_results_are_read_from_the_disk_wherever_it_can_be(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_results_are_read_from_the_disk_wherever_it_can_be(out: Path, monkeypatc
             kinds.setdefault(path.parent.name, set()).add(may_use_cache)
 
     monkeypatch.setattr(disk, "InputFile", Watched)
-    assert verify(out) == ([], [])
+    assert verify(out) == Verdict([], [])
     assert kinds == {"out": {False}, "base": {True}, "tuned": {True}}
 
 
@@ -178,10 +178,25 @@ def test_a_result_that_equals_its_base_is_a_problem(tmp_path: Path) -> None:
 def test_inputs_that_have_gone_are_noted_and_the_rest_is_checked(out: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "tuned")
     verdict = verify(out)
-    assert verdict.problems == []
-    assert "tuned model" in verdict.notes[0] and "no longer there" in verdict.notes[0]
+    assert verdict.is_good
+    assert verdict.summary == f"as it was written; not compared with its inputs: the tuned model {tmp_path / 'tuned'} is not there"
+    shutil.rmtree(tmp_path / "base")
+    assert f"the base model {tmp_path / 'base'} is not there, the tuned model" in verify(out).summary
     change(out, load(out)[NAME] + 1)
     assert "its bytes are not those that were written" in only_problem(out)
+    assert verify(out).summary.startswith("1 differ; not compared with its inputs")
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_an_input_that_changed_where_its_digest_does_not_look_is_named(tmp_path: Path, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "content_digest", lambda path: "0")
+    monkeypatch.setattr("pipeline.delta.verify.content_digest", lambda path: "0")
+    base, tuned = write_pair(tmp_path)
+    subtract(base, tuned, 0.3, tmp_path / "out")
+    values = load(tmp_path / role)
+    values[NAME][3, 4] += 1
+    save(tmp_path / role, values)
+    assert only_problem(tmp_path / "out") == f"{NAME}: the {role} model has changed since the result was made"
 
 
 def test_an_input_that_has_changed_is_a_problem(out: Path, tmp_path: Path) -> None:
@@ -202,12 +217,15 @@ def test_an_unfinished_results_shards_are_checked(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("pipeline.delta.stream.MAX_THREADS", 1)
     with pytest.raises(OSError, match="No space left"):
         subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=20_000)
-    assert "not finished, 3 shards are done" in only_problem(tmp_path / "out")
+    verdict = verify(tmp_path / "out")
+    assert verdict.problems == [] and not verdict.is_good
+    assert verdict.summary == "not finished, 3 shards are done and as they were written; run the same command again, it goes on from there"
     path = next((tmp_path / "out").glob("model-00001*"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert "its bytes are not those that were written" in verify(tmp_path / "out").problems[1]
+    assert "its bytes are not those that were written" in only_problem(tmp_path / "out")
+    assert verify(tmp_path / "out").summary.startswith("1 differ; not finished, 3 shards are done; run the same")
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.delta import stage as forget_stage
 from pipeline.delta.disk import PAGE
 from pipeline.delta.subtract import subtract
 from pipeline.delta.undo import undo
-from pipeline.delta.verify import verify
+from pipeline.delta.verify import Verdict, verify
 from pipeline.errors import InputError
 
 FROZEN = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
@@ -57,7 +57,7 @@ def test_from_zero_partitions(tmp_path: Path, stage: int, world_size: int) -> No
     save(tmp_path / "base", base)
     subtract(tmp_path / "base", folder, 0.3, tmp_path / "out")
     assert_equal(load(tmp_path / "out"), formula(base, tuned, 0.3))
-    assert verify(tmp_path / "out") == ([], [])
+    assert verify(tmp_path / "out") == Verdict([], [])
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -121,7 +121,7 @@ def test_an_adapters_change_is_subtracted_and_the_rest_copied(tmp_path: Path, dt
     assert_equal(load(tmp_path / "out"), right)
     assert {name for name, tensor in manifest["tensors"].items() if tensor["survival"] is not None} == changes.keys()
     assert manifest["survival"]["num_elements"] == 2 * 33 * 33
-    assert verify(tmp_path / "out") == ([], [])
+    assert verify(tmp_path / "out") == Verdict([], [])
 
 
 def test_an_adapter_is_taken_back(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.artifact import write_json
 from pipeline.delta.subtract import subtract
 from pipeline.delta.undo import MOST_AMPLIFIED, say_how_exact, undo, undoing_scale
-from pipeline.delta.verify import verify
+from pipeline.delta.verify import Verdict, verify
 from pipeline.errors import InputError
 from pipeline.weights.digest import content_digest
 
@@ -29,7 +29,7 @@ def test_a_16_bit_base_comes_back_bit_for_bit(tmp_path: Path, scale: float) -> N
     back, right = load(tmp_path / "back"), load(base)
     assert back.keys() == right.keys()
     assert all(back[name].dtype == torch.bfloat16 and torch.equal(back[name], right[name]) for name in right)
-    assert verify(tmp_path / "back") == ([], [])
+    assert verify(tmp_path / "back") == Verdict([], [])
     assert say_how_exact(tmp_path / "out", tmp_path / "back") == f"{len(right)} of {len(right)} tensors are the base's bit for bit"
 
 
@@ -61,7 +61,18 @@ def test_a_small_change_undone_is_not_called_a_failure(tmp_path: Path) -> None:
     outcome = undo(tmp_path / "out", tmp_path / "back")
     assert outcome.manifest["survival"]["share_changed"] == 0
     assert outcome.manifest["warnings"] == []
-    assert verify(tmp_path / "back") == ([], [])
+    assert verify(tmp_path / "back") == Verdict([], [])
+
+
+def test_a_16_bit_base_with_zeros_comes_back_within_rounding(tmp_path: Path) -> None:
+    base = layered(0)
+    base["model.norm.weight"][:] = 0
+    subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", nudged(base, 1)), 0.3, tmp_path / "out")
+    undo(tmp_path / "out", tmp_path / "back")
+    assert load(tmp_path / "back")["model.norm.weight"].abs().max() < 1e-9
+    assert f"{len(base) - 1} of {len(base)} tensors are the base's bit for bit, the others within" in say_how_exact(
+        tmp_path / "out", tmp_path / "back"
+    )
 
 
 def write_large_pair(folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
@@ -121,7 +132,7 @@ def test_a_result_of_an_older_version_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "out/manifest.json", manifest)
     with pytest.raises(InputError, match="older flearn"):
         undo(tmp_path / "out", tmp_path / "back")
-    assert verify(tmp_path / "out") == ([], [])
+    assert verify(tmp_path / "out") == Verdict([], [])
 
 
 KILLED = """

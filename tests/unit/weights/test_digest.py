@@ -63,3 +63,14 @@ def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
     read: Callable[..., int] = os.preadv
     monkeypatch.setattr(os, "preadv", lambda descriptor, views, offset: read(descriptor, [views[0][:1000]], offset))
     assert content_digest(tmp_path / "a") == right
+
+
+def test_a_large_adapter_is_read_whole(tmp_path: Path) -> None:
+    """An undo has no other digest of it."""
+    folder = save(tmp_path, {"lora_A.weight": torch.zeros(3 << 20)})
+    path = (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    before = content_digest(folder)
+    content = bytearray(path.read_bytes())
+    content[5 * MIB + 50_000] ^= 1
+    path.write_bytes(content)
+    assert content_digest(folder) != before
