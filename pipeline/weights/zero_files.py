@@ -177,7 +177,8 @@ def _optimizer_steps(optim: dict[str, Any]) -> list[float]:
 def _number(value: Any) -> float:
     if isinstance(value, ShapedTensor) and value.stored.num_elements == 1:
         return _stored_number(value.stored)
-    return float(value) if isinstance(value, (int, float)) else -1.0
+    is_number = isinstance(value, (int, float)) and abs(value) < 1 << 63  # a pickle may hold an integer that no float holds
+    return float(value) if is_number else -1.0
 
 
 def _stored_number(stored: StoredTensor) -> float:

@@ -137,6 +137,12 @@ def test_an_optimizers_step_is_the_same_number_whatever_it_is_stored_as(tmp_path
         open_source(write_steps(tmp_path / "mixed", step, torch.tensor(8.0)))
 
 
+@pytest.mark.parametrize("step", ["7", None, 10**400, torch.ones(2), torch.zeros(0)], ids=["text", "none", "huge", "two", "empty"])
+def test_a_step_that_is_no_number_is_another_step(tmp_path: Path, step: Any) -> None:
+    with pytest.raises(InputError, match="files of different saves are mixed"):
+        open_source(write_steps(tmp_path, torch.tensor(7.0), step))
+
+
 JUNK: list[Any] = [None, 3, -1, "text", [], {}, [3], {"a": 3}, {3: "a"}, (1, "x"), [[None]], torch.ones(2), [torch.ones(2)], float("nan")]
 KEYS = [
     ("optim", ("optimizer_state_dict",)),
