@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError
-from pipeline.weights.adapter_config import AdapterConfig
+from pipeline.weights.adapter_config import MERGE, AdapterConfig
 from pipeline.weights.conversions import align_to_base
 from pipeline.weights.low_rank import LowRank
 from pipeline.weights.safetensors import SafetensorsSource
@@ -96,9 +96,7 @@ def _modules(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
         else:
             foreign.append(name)
     if foreign:
-        raise InputError(
-            f"{folder}: holds tensors that are not LoRA factors of linear layers: {', '.join(foreign)}; these are not supported"
-        )
+        raise InputError(f"{folder}: holds tensors that are not LoRA factors of linear layers: {', '.join(foreign)}; {MERGE}")
     single = [module for module, factors in found.items() if len(factors) != 2]
     if single or not found:
         raise InputError(f"{folder}: has only one of lora_A and lora_B for {', '.join(single) or 'every module'}; save the adapter again")

@@ -13,6 +13,8 @@ from typing import Any
 from pipeline.errors import InputError
 
 FILE_NAME = "adapter_config.json"
+MERGE = "merge the adapter with PEFT and give the merged model"
+"""What to do with an adapter that is more than plain LoRA."""
 
 _NOT_PLAIN = {
     "use_dora": "DoRA",
@@ -115,12 +117,10 @@ def _require_plain(path: Path, values: dict[str, Any]) -> None:
     if values.get("peft_type") != "LORA":
         raise InputError(f"{path}: a {values.get('peft_type')} adapter; only LORA is supported")
     if values.get("bias", "none") != "none":
-        raise InputError(f"{path}: trained with bias: {values['bias']}; only bias: none is supported")
+        raise InputError(f"{path}: trained with bias: {values['bias']}; only bias: none is supported; {MERGE}")
     for key, method in _NOT_PLAIN.items():
         if values.get(key):
-            raise InputError(
-                f"{path}: uses {method} ({key}), which is not supported; merge the adapter with PEFT and give the merged model"
-            )
+            raise InputError(f"{path}: uses {method} ({key}), which is not supported; {MERGE}")
     if values.get("init_lora_weights") not in _PLAIN_STARTS:
         start = values["init_lora_weights"]
         raise InputError(f"{path}: init_lora_weights {start!r} changed the base's weights; save the adapter converted to plain LoRA")

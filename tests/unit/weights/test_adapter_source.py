@@ -81,8 +81,8 @@ def test_a_base_without_the_prefix(tmp_path: Path) -> None:
 
 REFUSED = [
     ({"peft_type": "IA3"}, "IA3"),
-    ({"use_dora": True}, "DoRA"),
-    ({"bias": "all"}, "bias: all"),
+    ({"use_dora": True}, "DoRA.*; merge the adapter"),
+    ({"bias": "all"}, "bias: all.*; merge the adapter"),
     ({"lora_bias": True}, "lora_B"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices"),
@@ -121,9 +121,10 @@ def without(*names: str) -> dict[str, torch.Tensor]:
     ("factors", "message"),
     [
         (without("q_proj.lora_B.weight"), "q_proj"),
-        (FACTORS | {"base_model.model.model.embed.lora_embedding_A": torch.ones(2, 3)}, "lora_embedding_A"),
-        (FACTORS | {"base_model.model.lm_head.weight": torch.ones(2, 3)}, "lm_head"),
-        (FACTORS | {"base_model.model.model.layers.0.q_proj.lora_magnitude_vector": torch.ones(2)}, "magnitude"),
+        (FACTORS | {"base_model.model.model.embed.lora_embedding_A": torch.ones(2, 3)}, "lora_embedding_A; merge the adapter"),
+        (FACTORS | {"base_model.model.lm_head.weight": torch.ones(2, 3)}, "lm_head.*; merge the adapter"),
+        (FACTORS | {"base_model.model.lm_head.base_layer.weight": torch.ones(2, 3)}, "base_layer.weight; merge the adapter"),
+        (FACTORS | {"base_model.model.model.layers.0.q_proj.lora_magnitude_vector": torch.ones(2)}, "magnitude.*; merge the adapter"),
         (
             FACTORS | {f"base_model.model.model.other.lora_{factor}.weight": torch.ones(3, 3) for factor in "AB"},
             r"lacks.*model\.other",
