@@ -63,10 +63,10 @@ class Journal:
         is finished, or a worker on it lives.
         """
         # In this order: what a fellow worker puts here meanwhile is no stranger.
-        strangers = sorted(path.name for path in self.out.glob("*") if path.name != INCOMPLETE)
+        names = self._names()
         begun, manifest = self.recipe, self.manifest
         if manifest is None and begun is None:
-            self._require_empty(strangers)
+            self._require_empty(names)
             require_room()
         elif manifest is None and begun is not None and _differing(begun, recipe):
             self._clear_away(require_room)
@@ -90,10 +90,15 @@ class Journal:
             sweep(self.out)
         return manifest
 
-    def _require_empty(self, strangers: list[str]) -> None:
+    def _names(self) -> set[str]:
+        return {path.name for path in self.out.glob("*") if path.name != INCOMPLETE}
+
+    def _require_empty(self, names: set[str]) -> None:
+        """Raises InputError if `out` is no folder, or held `names` before nothing was found to be begun in it, and holds some still."""
         if (self.out.exists() or self.out.is_symlink()) and not self.out.is_dir():
             raise InputError(f"{self.out}: is not a folder; {_ADVICE}")
-        if strangers:
+        strangers = sorted(names & self._names())  # a fellow worker may just have cleared the others away
+        if strangers and self.recipe is None and self.manifest is None:
             raise InputError(f"{self.out}: is not empty ({', '.join(strangers[:3])}) and was not made by this command; {_ADVICE}")
 
     def _clear_away(self, require_room: Callable[[], None]) -> None:
