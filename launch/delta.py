@@ -97,11 +97,16 @@ def _subtract(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             rounding=arguments.rounding,
             **_how(arguments),
-            announce=lambda line: print(line, flush=True),
+            announce=_announce,
             progress=progress,
         )
     print(_summary(outcome, arguments.out))
     return 0
+
+
+def _announce(line: str) -> None:
+    """At once, wherever it goes: what follows takes a while."""
+    print(line, flush=True)
 
 
 def _how(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -137,6 +142,7 @@ def _undo(arguments: argparse.Namespace) -> int:
             arguments.out,
             tuned=arguments.tuned,
             **_how(arguments),
+            announce=_announce,
             progress=progress,
         )
     print(_summary(outcome, arguments.out))

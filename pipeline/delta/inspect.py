@@ -7,6 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from pipeline.delta.journal import Journal
 from pipeline.errors import printable
 from pipeline.weights import adapter_config
@@ -73,7 +75,7 @@ def render(found: dict[str, Any]) -> str:
     )
     lines = [
         f"{found['path']}: {found['kind']}{more}",
-        f"{found['num_tensors']} tensors, {found['num_bytes'] / 1e9:.3f} GB: {dtypes}",
+        f"{found['num_tensors']} tensors, {decimal(found['num_bytes'])}: {dtypes}",
         *_made_by(found.get("made_by")),
         *(f"tied: {alias} is {owner}" for alias, owner in found["ties"].items()),
         *(f"EMPTY: {name}" for name in found["empty"]),

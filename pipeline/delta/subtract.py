@@ -115,7 +115,7 @@ def subtract(
             num_bytes = _num_bytes(missing)
             require_free(out, num_bytes)
             if announce is not None:
-                announce(state_sizes(plan, missing, part, free_bytes(out)))
+                announce(state_sizes(plan, missing, part, "the base" if undoes is None else "the result", free_bytes(out)))
             stream.run(
                 missing,
                 open_output=lambda shard: OutputFile(out / shard.file_name, shard.num_bytes, io),

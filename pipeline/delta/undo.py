@@ -8,6 +8,7 @@ model are, as they are read, with the digests that were noted when theta' was ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def undo(
     memory: str | int = "256MiB",
     io: Io = "auto",
     part: tuple[int, int] = (1, 1),
+    announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Write the base that `forgotten` (a result of `subtract`) was made from into the folder `out`, each tensor in its old dtype.
@@ -68,6 +70,7 @@ def undo(
         io=io,
         part=part,
         undoes=lambda receipt: _require_inputs(forgotten, tuned, manifest["tensors"], receipt),
+        announce=announce,
         progress=progress,
     )
 

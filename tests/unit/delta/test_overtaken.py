@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def test_while_it_clears_away_what_a_dead_one_began(models: Path, monkeypatch: p
             other.start()
             other.join(0.2)
 
-        if not at_call(number, overtake, monkeypatch, lambda out=out: work(0.3, out)):
+        if not at_call(number, overtake, monkeypatch, partial(work, 0.3, out)):
             break
         other.join()
         assert len(winners) == (2 if scale == 0.3 else 1), (number, refused)
@@ -152,7 +153,7 @@ def test_by_one_that_clears_away_what_a_dead_one_began_and_dies(models: Path, mo
                         path.unlink()
                     (out / ".incomplete/recipe").rmdir()
 
-        if not at_call(number, clear_away, monkeypatch, lambda out=out: subtract(models / "base", models / "tuned", 0.3, out, **OPTIONS)):
+        if not at_call(number, clear_away, monkeypatch, partial(subtract, models / "base", models / "tuned", 0.3, out, **OPTIONS)):
             break
         assert contents(out) == right, number
     assert number > 50, "too few moments were seen"

@@ -104,7 +104,8 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["delta", "inspect", str(base), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "safetensors"
     assert main(["delta", "inspect", str(base)]) == 0
-    assert "101x33" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "101x33" in told and "tensors, 35.4 kB: " in told
 
 
 def test_verify_exits_1_and_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,9 +140,11 @@ def test_verify_says_in_one_line_what_it_could_not_do(tmp_path: Path, capsys: py
 def test_undo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, _ = write_pair(tmp_path)
     subtract(tmp_path)
+    capsys.readouterr()
     assert main(["delta", "undo", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
     back = load(tmp_path / "back")
     assert all(back[name].equal(values) for name, values in load(base).items())
     told = capsys.readouterr().out
+    assert re.match(r"writes 36\.\d kB in 1 shard \(bfloat16; the result is float32, 71\.9 kB\); .* are free\n", told)
     assert "survival" not in told.splitlines()[-1]
     assert f"{len(back)} of {len(back)} tensors are the base's bit for bit" in told
