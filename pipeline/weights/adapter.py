@@ -7,6 +7,7 @@ Format: `adapter_config.json`, and `adapter_model.safetensors` (or `.bin`) with 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable
 from math import sqrt
 from pathlib import Path
@@ -42,6 +43,8 @@ class AdapterSource:
             name: TensorInfo(name, info.shape, "float32") if name in self.changed else info for name, info in base.tensors.items()
         }
         self.aliases = dict(base.aliases)
+        self._room_elements = max(change.room_elements for change in self._changes.values())
+        self._own = threading.local()
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, the change added in float32."""
@@ -51,11 +54,20 @@ class AdapterSource:
 
     def delta(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the change alone, float32. `name` must be one of `changed`."""
-        return self._changes[name].read(start, stop)
+        return self._changes[name].read(start, stop, self._room())
 
     def delta_bytes(self, name: str, num_elements: int) -> int:
-        """The most memory that `delta` takes for so many elements, its result included."""
-        return self._changes[name].working_bytes(num_elements)
+        """The most memory that `delta` takes in a thread for so many elements, its result included."""
+        return 8 * self._room_elements + self._changes[name].working_bytes(num_elements)
+
+    def _room(self) -> torch.Tensor:
+        """The thread's own, for all slices: of memory that is freed and taken again, malloc keeps several times as much."""
+        import torch
+
+        if not hasattr(self._own, "room"):
+            self._own.room = torch.empty(self._room_elements, dtype=torch.float64)
+        room: torch.Tensor = self._own.room
+        return room
 
     def close(self) -> None:
         self._factors.close()

@@ -21,6 +21,8 @@ GRID_ELEMENTS = 1 << 17
 """Elements of a block, at most: 1 MiB in float64. A block is as wide as the tensor, or as a panel where that is less."""
 PANEL_ELEMENTS = 1 << 20
 """Elements of a factor that are held at a time, at most: 8 MiB in float64. Of the one on the left, half as many."""
+BAND_ELEMENTS = 1 << 16
+"""Elements that are read at a time, and then widened into their panel."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ class LowRank:
     is_transposed: bool
     """Whether the tensor has the product as in x out (GPT-2's Conv1D)."""
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened product, float32. Takes `working_bytes` of memory, the result included."""
+    def read(self, start: int, stop: int, room: torch.Tensor) -> torch.Tensor:
+        """Elements [start, stop) of the flattened product, float32.
+
+        `room`: float64, 1-D, `room_elements` or more, to be written over. Besides it, `working_bytes` of memory are taken.
+        """
         import torch
 
         first, last = start // self._width, -(-stop // self._width)
@@ -43,47 +48,51 @@ class LowRank:
         grid = self._rows_of_block
         all_rows = range(first // grid * grid, min(-(-last // grid) * grid, self._height))
         for columns in _cut(range(self._width), self._columns_of_panel):
-            right = self._right(columns)
+            right, room_left = _take(room, self._rank, len(columns))
+            self._load_right(columns, right)
             for rows in _cut(all_rows, self._rows_of_panel):
-                left = self._left(rows)
+                left, room_block = _take(room_left, len(rows), self._rank)
+                self._load_left(rows, left)
                 for block in _cut(rows, grid):
-                    product = (left[block.start - rows.start : block.stop - rows.start] @ right).mul_(self.scaling)
+                    product, _ = _take(room_block, len(block), len(columns))
+                    torch.mm(left[block.start - rows.start : block.stop - rows.start], right, out=product).mul_(self.scaling)
                     wanted = range(max(first, block.start), min(last, block.stop))
                     place = values[wanted.start - first : wanted.stop - first, columns.start : columns.stop]
                     place.copy_(product[wanted.start - block.start : wanted.stop - block.start])
         return values.flatten()[start - first * self._width : stop - first * self._width]
 
+    @property
+    def room_elements(self) -> int:
+        """For a panel of each factor, and a block."""
+        rows, columns = min(self._rows_of_panel, self._height), self._columns_of_panel
+        return self._rank * (rows + columns) + min(self._rows_of_block, rows) * columns
+
     def working_bytes(self, num_elements: int) -> int:
-        """The most memory that reading so many elements takes: the result, both panels, one of them as it is converted, and a block."""
+        """The most memory that reading so many elements takes besides the room: for the result, and what was just read of a factor."""
         num_rows = min(num_elements // self._width + 2, self._height)
-        left = 8 * self._rank * min(num_rows + 2 * self._rows_of_block, self._rows_of_panel, self._height)
-        right = 8 * self._rank * self._columns_of_panel
-        block = 8 * self._rows_of_block * self._columns_of_panel
-        return 4 * num_rows * self._width + right + max(right, 2 * left + block)
+        band = max(BAND_ELEMENTS, self._rank, self._columns_of_panel, min(self._rows_of_panel, self._height))
+        return 4 * num_rows * self._width + 8 * band
 
-    def _left(self, rows: range) -> torch.Tensor:
-        """Rows of the factor on the left: rows x rank, float64."""
+    def _load_left(self, rows: range, panel: torch.Tensor) -> None:
+        """Rows of the factor on the left to `panel`, rows x rank."""
         if self.is_transposed:
-            return self._part(self.a, range(self._rank), rows).T.contiguous()
-        return self._part(self.b, rows, range(self._rank))
+            self._load(self.a, range(self._rank), rows, panel.T)
+        else:
+            self._load(self.b, rows, range(self._rank), panel)
 
-    def _right(self, columns: range) -> torch.Tensor:
-        """Columns of the factor on the right: rank x columns, float64."""
+    def _load_right(self, columns: range, panel: torch.Tensor) -> None:
+        """Columns of the factor on the right to `panel`, rank x columns."""
         if self.is_transposed:
-            return self._part(self.b, columns, range(self._rank)).T.contiguous()
-        return self._part(self.a, range(self._rank), columns)
+            self._load(self.b, columns, range(self._rank), panel.T)
+        else:
+            self._load(self.a, range(self._rank), columns, panel)
 
-    def _part(self, name: str, rows: range, columns: range) -> torch.Tensor:
-        """These rows and columns of a factor as it is stored, in float64."""
-        import torch
-
+    def _load(self, name: str, rows: range, columns: range, panel: torch.Tensor) -> None:
+        """These rows and columns of a factor as it is stored, to `panel`; together where rows lie one behind the other."""
         width = self.factors.tensors[name].shape[1]
-        if len(columns) == width:
-            return self.factors.read(name, rows.start * width, rows.stop * width).view(len(rows), width).double()
-        part = torch.empty(len(rows), len(columns), dtype=torch.float64)
-        for i, row in enumerate(rows):
-            part[i] = self.factors.read(name, row * width + columns.start, row * width + columns.stop)
-        return part
+        for band in _cut(rows, max(1, BAND_ELEMENTS // width) if len(columns) == width else 1):
+            values = self.factors.read(name, band.start * width + columns.start, (band.stop - 1) * width + columns.stop)
+            panel[band.start - rows.start : band.stop - rows.start].copy_(values.view(len(band), len(columns)))
 
     @cached_property
     def _rank(self) -> int:
@@ -112,6 +121,11 @@ class LowRank:
     @property
     def _rows_of_panel(self) -> int:
         return max(1, PANEL_ELEMENTS // 2 // self._rank // self._rows_of_block) * self._rows_of_block
+
+
+def _take(room: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix at the beginning of `room`, and the room behind it."""
+    return room[: height * width].view(height, width), room[height * width :]
 
 
 def _cut(whole: range, size: int) -> Iterator[range]:

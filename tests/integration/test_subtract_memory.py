@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MOST_MIB = 350
 """Anonymous memory of the whole command, the interpreter included, with the default of --memory 256MiB."""
+IMPORTS_MIB = 20
+"""What the command imports besides torch."""
 
 pytestmark = pytest.mark.slow
 
@@ -42,3 +44,11 @@ def test_a_model_three_times_as_large_takes_no_more(tmp_path: Path) -> None:
 def test_zero_partitions_take_no_more(tmp_path: Path, stage: str, ranks: str) -> None:
     figures = measure("zero.py", tmp_path, "--layers", "4", "--stage", stage, "--ranks", ranks, "--only-ours")
     assert figures["subtract_peak_mib"] <= MOST_MIB
+
+
+@pytest.mark.parametrize(("layout", "memory_mib"), [((), 40), (("--conv1d",), 40), (("--dtype", "same"), 256)])
+def test_an_adapter_of_high_rank_on_a_large_vocabulary_takes_no_more(tmp_path: Path, layout: tuple[str, ...], memory_mib: int) -> None:
+    """The vocabulary's factor alone is 300 MiB in float64."""
+    options = ["--out-features", "152064", "--in-features", "256", "--rank", "256", "--memory", f"{memory_mib}MiB"]
+    figures = measure("adapter.py", tmp_path, *options, *layout)
+    assert figures["command_peak_mib"] <= figures["import_torch_peak_mib"] + IMPORTS_MIB + memory_mib

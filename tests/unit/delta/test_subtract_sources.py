@@ -136,7 +136,7 @@ def test_an_adapter_is_taken_back(tmp_path: Path) -> None:
 def test_what_is_held_of_the_factors_counts_in_the_memory(tmp_path: Path) -> None:
     save(tmp_path / "base", {f"model.layers.{layer}.self_attn.q_proj.weight": torch.zeros(1024, 1024) for layer in (0, 2)})
     write_adapter(tmp_path / "adapter", rank=512, size=1024)
-    with pytest.raises(InputError, match=r"--memory: .* need 1\dMiB"):
+    with pytest.raises(InputError, match=r"--memory: .* need \d+MiB"):
         subtract(tmp_path / "base", tmp_path / "adapter", 0.3, tmp_path / "out", memory="16MiB")
 
 
