@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def test_a_square_weight_is_read_as_the_config_says(tmp_path: Path, is_conv1d: b
     source = write(tmp_path, CONFIG | {"fan_in_fan_out": is_conv1d}, {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b})
     expected = (b.double() @ a.double() * 4).float()
     assert torch.equal(source.delta(K, 0, 36).view(6, 6), expected.T if is_conv1d else expected)
+
+
+def test_threads_do_not_write_over_each_others_panels(tmp_path: Path) -> None:
+    a, b = torch.randn(3, 2000), torch.randn(500, 3)
+    prefix = "base_model.model.model.layers.0.q_proj"
+    factors = {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+    source = write(tmp_path, factors=factors, base={Q: torch.zeros(500, 2000)})
+    starts = range(0, 1_000_000, 100_000)
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda start: source.delta(Q, start, start + 100_000), starts))
+    assert torch.equal(torch.cat(parts).view(500, 2000), (b.double() @ a.double() * 4).float())
 
 
 def test_a_base_without_the_prefix(tmp_path: Path) -> None:
