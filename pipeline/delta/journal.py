@@ -2,12 +2,10 @@
 
     OUT/.incomplete/recipe/           what is being made; the folder `.incomplete` is also the mark by which readers refuse OUT
     OUT/.incomplete/<shard>.json      receipt: written after the shard was synced and renamed into place
-    OUT/.incomplete/lock              held by every worker on it
     OUT/manifest.json                 written last: OUT is complete. Then `.incomplete` goes.
 
 Each of these is one file, written aside (in `.incomplete`), synced and renamed, so a kill leaves it whole or absent, and
-no litter. Workers on the same recipe need no lock: whatever two of them do twice ends in the same bytes. The lock keeps
-another recipe from taking the folder, which it may once no worker is left and no shard was finished.
+no litter. Workers on a shared folder need no lock: whatever two of them do twice ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -17,14 +15,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from pipeline.artifact import MANIFEST, sync, write_json
 from pipeline.delta.manifest import is_manifest, is_receipt
-from pipeline.delta.presence import LOCK, Presence
 from pipeline.errors import InputError
 from pipeline.weights.aside import sweep
 from pipeline.weights.shard import Shard
@@ -34,15 +31,11 @@ _ADVICE = "give another --out, or delete this one"
 
 
 class Journal:
-    """The state of one output folder. What it has claimed is held until it is closed."""
+    """The state of one output folder."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self._folder = out / INCOMPLETE
-        self._presence = Presence(self._folder)
-
-    def close(self) -> None:
-        self._presence.close()
 
     @property
     def manifest(self) -> dict[str, Any] | None:
@@ -59,23 +52,13 @@ class Journal:
         """Begin, or go on with, making `recipe` here; the manifest if that is already done.
 
         `require_room` is called before anything is begun, and raises InputError if there is too little.
-        Raises InputError if the folder holds anything else; an unfinished result of another recipe only counts if one of its shards
-        is finished, or a worker on it lives.
+        Raises InputError if the folder holds anything else.
         """
         # In this order: what a fellow worker puts here meanwhile is no stranger.
-        names = self._names()
-        begun, manifest = self.recipe, self.manifest
-        if manifest is None and begun is None:
-            self._require_empty(names)
-            require_room()
-        elif manifest is None and begun is not None and _differing(begun, recipe):
-            self._clear_away(require_room)
-        if manifest is None:
+        strangers = sorted(path.name for path in self.out.glob("*") if path.name != INCOMPLETE)
+        if self.recipe is None and self.manifest is None:
             with self._unless_complete():
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._presence.enter()
-                if self.recipe is None:
-                    self._begin(recipe)
+                self._begin(recipe, strangers, require_room)
         # And in this: a fellow worker that completes the output writes the manifest, and then removes the recipe. Also one that did so
         # while this one began: then there are both, and the manifest counts.
         begun, manifest = self.recipe, self.manifest
@@ -90,32 +73,14 @@ class Journal:
             sweep(self.out)
         return manifest
 
-    def _names(self) -> set[str]:
-        return {path.name for path in self.out.glob("*") if path.name != INCOMPLETE}
-
-    def _require_empty(self, names: set[str]) -> None:
-        """Raises InputError if `out` is no folder, or held `names` before nothing was found to be begun in it, and holds some still."""
+    def _begin(self, recipe: dict[str, Any], strangers: list[str], require_room: Callable[[], None]) -> None:
         if (self.out.exists() or self.out.is_symlink()) and not self.out.is_dir():
             raise InputError(f"{self.out}: is not a folder; {_ADVICE}")
-        strangers = sorted(names & self._names())  # a fellow worker may just have cleared the others away
-        if strangers and self.recipe is None and self.manifest is None:
+        if strangers:
             raise InputError(f"{self.out}: is not empty ({', '.join(strangers[:3])}) and was not made by this command; {_ADVICE}")
-
-    def _clear_away(self, require_room: Callable[[], None]) -> None:
-        """Remove what was begun here, if no shard of it is finished and no worker on it lives."""
-        with closing(self._presence), self._unless_complete():
-            if not self._presence.is_alone() or any(self._folder.glob("*.json")) or self.manifest is not None:
-                return
-            for path in self.out.glob("model*.safetensors"):  # renamed into place by one that was killed before it wrote the receipt
-                path.unlink()
-            sweep(self.out)
-            require_room()
-            for path in sorted(path for path in self._folder.iterdir() if path.name != LOCK):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _begin(self, recipe: dict[str, Any]) -> None:
+        require_room()
         aside = self._folder / uuid4().hex
-        aside.mkdir()
+        aside.mkdir(parents=True)
         write_json(aside / "recipe.json", recipe)
         try:  # the first of several workers decides; a folder, because not every file system has links, but every one refuses this
             os.rename(aside, self._folder / "recipe")
@@ -127,7 +92,7 @@ class Journal:
         sync(self.out)
 
     def _require_same(self, found: dict[str, Any], recipe: dict[str, Any], state: str) -> None:
-        differing = _differing(found, recipe)
+        differing = [key for key in sorted({*found, *recipe}) if _identity(found.get(key)) != _identity(recipe.get(key))]
         if differing:
             said = ", ".join(_difference(key, found.get(key), recipe.get(key)) for key in differing)
             raise InputError(f"{self.out}: {state} of another recipe ({said}); {_ADVICE}")
@@ -176,11 +141,6 @@ class Journal:
         except (FileNotFoundError, FileExistsError):  # the latter from a mkdir that lost its folder while it looked at it
             if self.manifest is None:
                 raise
-
-
-def _differing(found: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
-    """The fields in which two recipes differ."""
-    return [key for key in sorted({*found, *recipe}) if _identity(found.get(key)) != _identity(recipe.get(key))]
 
 
 def _identity(value: Any) -> Any:

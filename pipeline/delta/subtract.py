@@ -106,23 +106,23 @@ def subtract(
         stream = Stream(plan, base_source, tuned_source, formula, sizes[1], io, undoes)
         recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | extras_recipe(base) | ({"undoes": True} if undoes is not None else {})
         shards = plan.shards[part[0] - 1 :: part[1]]
-        with closing(Journal(out)) as journal:
-            manifest = journal.claim(recipe, lambda: require_free(out, _num_bytes(shards)))
-            if manifest is not None:
-                _require_whole(out, plan)
-                return Outcome("found", manifest, 0)
-            missing = [shard for shard in shards if journal.receipt(shard) is None]
-            num_bytes = _num_bytes(missing)
-            require_free(out, num_bytes)
-            if announce is not None:
-                announce(state_sizes(plan, missing, part, "the base" if undoes is None else "the result", free_bytes(out)))
-            stream.run(
-                missing,
-                open_output=lambda shard: OutputFile(out / shard.file_name, shard.num_bytes, io),
-                on_whole=journal.record,
-                on_progress=lambda num_done: progress(num_done, num_bytes) if progress is not None else None,
-            )
-            return _finish(journal, plan, recipe, formula)
+        journal = Journal(out)
+        manifest = journal.claim(recipe, lambda: require_free(out, _num_bytes(shards)))
+        if manifest is not None:
+            _require_whole(out, plan)
+            return Outcome("found", manifest, 0)
+        missing = [shard for shard in shards if journal.receipt(shard) is None]
+        num_bytes = _num_bytes(missing)
+        require_free(out, num_bytes)
+        if announce is not None:
+            announce(state_sizes(plan, missing, part, "the base" if undoes is None else "the result", free_bytes(out)))
+        stream.run(
+            missing,
+            open_output=lambda shard: OutputFile(out / shard.file_name, shard.num_bytes, io),
+            on_whole=journal.record,
+            on_progress=lambda num_done: progress(num_done, num_bytes) if progress is not None else None,
+        )
+        return _finish(journal, plan, recipe, formula)
 
 
 def _num_bytes(shards: Sequence[Shard]) -> int:

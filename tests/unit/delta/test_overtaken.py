@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
-import threading
 from collections.abc import Callable
-from contextlib import closing
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,20 +12,14 @@ from typing import Any
 import pytest
 from delta_models import layered, nudged, save
 
-from pipeline.artifact import write_json
-from pipeline.delta.journal import Journal
-from pipeline.delta.presence import Presence
 from pipeline.delta.subtract import subtract
 from pipeline.errors import InputError
 
-MOMENTS = [(io, "open"), (fcntl, "flock"), *((os, name) for name in ("scandir", "mkdir", "rename", "replace", "unlink", "rmdir"))]
+MOMENTS = [(io, "open"), *((os, name) for name in ("scandir", "mkdir", "rename", "replace", "unlink", "rmdir"))]
 """The functions by which a worker sees or changes what the other sees: before each call of one is a moment."""
 
 OPTIONS: dict[str, Any] = {"max_shard_size": 20_000, "memory": "16MiB"}
 """The memory is enough for one thread: the calls come in one order."""
-
-
-DEAD = {"version": 0}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -105,62 +95,3 @@ def test_by_one_of_another_recipe(models: Path, monkeypatch: pytest.MonkeyPatch)
         assert len(winners) == num_before + 1
         assert contents(out) == contents(models / f"{winners[-1]}"), num_before
     assert winners[0] == 0.4 and winners.count(0.3) > 40, "too few moments were seen"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scale", [0.3, 0.4])
-def test_while_it_clears_away_what_a_dead_one_began(models: Path, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
-    """By one of the same recipe or of another, which may have to wait for it."""
-    winners: list[float] = []
-    refused: list[str] = []
-
-    def work(scale: float, out: Path) -> None:
-        try:
-            subtract(models / "base", models / "tuned", scale, out, **OPTIONS)
-            winners.append(scale)
-        except InputError as error:
-            refused.append(str(error))
-
-    for number in count():
-        out = models / f"out-{number}"
-        begin_and_die(models, out)
-        other = threading.Thread(target=work, args=(scale, out))
-
-        def overtake(other: threading.Thread = other) -> None:
-            other.start()
-            other.join(0.2)
-
-        if not at_call(number, overtake, monkeypatch, partial(work, 0.3, out)):
-            break
-        other.join()
-        assert len(winners) == (2 if scale == 0.3 else 1), (number, refused)
-        assert all("of another recipe" in message for message in refused), (number, refused)
-        assert contents(out) == contents(models / f"{winners[0]}"), number
-        winners.clear()
-    assert number > 50, "too few moments were seen"
-
-
-def test_by_one_that_clears_away_what_a_dead_one_began_and_dies(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = contents(models / "0.3")
-    for number in count():
-        out = models / f"out-{number}"
-        begin_and_die(models, out)
-
-        def clear_away(out: Path = out) -> None:
-            with closing(Presence(out / ".incomplete")) as presence:
-                if Journal(out).recipe == DEAD and presence.is_alone():
-                    for path in [*out.glob("*model*"), *out.glob(".incomplete/recipe/*")]:
-                        path.unlink()
-                    (out / ".incomplete/recipe").rmdir()
-
-        if not at_call(number, clear_away, monkeypatch, partial(subtract, models / "base", models / "tuned", 0.3, out, **OPTIONS)):
-            break
-        assert contents(out) == right, number
-    assert number > 50, "too few moments were seen"
-
-
-def begin_and_die(models: Path, out: Path) -> None:
-    """As one of a third recipe does that is killed before it has noted its first shard, and while it writes the second."""
-    write_json(out / ".incomplete/recipe/recipe.json", DEAD)
-    for name in ("model-00001-of-00003.safetensors", ".model-00002-of-00003.safetensors.abcd1234.tmp"):
-        (out / name).write_bytes(b"some of it")
