@@ -59,11 +59,11 @@ def _worse(one: JobState | None, other: JobState) -> JobState:
 
 
 def require_controller() -> None:
-    """Raise InputError if SLURM's controller does not answer: sbatch would try for minutes."""
+    """Raise InputError if SLURM's controller does not answer: sbatch would try for minutes, squeue for half of one."""
     answer = _run(["scontrol", "ping"])
     if " UP" not in answer.stdout:
         said = (answer.stdout + answer.stderr).strip().rpartition("\n")[2]
-        raise InputError(f"SLURM's controller does not answer; nothing was submitted ({said})")
+        raise InputError(f"SLURM's controller does not answer ({said})")
 
 
 def come_back() -> str | None:

@@ -83,6 +83,7 @@ def _ask(jobs: dict[str, str]) -> dict[str, JobState]:
     if not ids or shutil.which("squeue") is None:
         return {}
     try:
+        scheduler.require_controller()
         known = scheduler.states(ids.values())
     except InputError as error:
         print(f"flearn: {error}", file=sys.stderr)

@@ -15,4 +15,5 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     made = Recorded(folder)
     for name in ("squeue", "sacct", "scontrol", "scancel"):
         made.add(name)
+    made.add("scontrol", "Slurmctld(primary) at head is UP\n")
     return made

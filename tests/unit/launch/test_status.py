@@ -188,8 +188,9 @@ def test_a_chain_behind_a_failed_step(recorded: Recorded, plan: Plan, capsys: py
 
 
 def test_without_an_answer_of_slurm_it_says_what_it_knows(recorded: Recorded, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    recorded.add("squeue", stderr="slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", code=1)
+    recorded.add("scontrol", "Slurmctld(primary) at head is DOWN\n")
     assert main(["status", str(plan.run_dir)]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("flearn: squeue failed: ") and said.err.count("\n") == 1
+    assert said.err == "flearn: SLURM's controller does not answer (Slurmctld(primary) at head is DOWN)\n"
+    assert not recorded.calls("squeue")  # it would try for half a minute
     assert "2 of 11 steps done" in said.out
