@@ -19,7 +19,7 @@ from typing import IO, NoReturn
 from launch.outcome import FAILED, MISTAKE, STOPPED, error_file, note_error
 from launch.run import LOCK, lock, read_plan
 from pipeline.context import Context, Preempted, device_for, log
-from pipeline.errors import InputError, file_system_message
+from pipeline.errors import InputError, refusal_message
 from pipeline.run import run_step
 from pipeline.stages import Plan, Step
 
@@ -104,7 +104,8 @@ def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
         return _report(error, said, context)
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # lines that a full disk did not take
+            handler.close()
 
 
 @contextlib.contextmanager
@@ -145,17 +146,28 @@ def _log_to(handler: logging.Handler, context: Context) -> None:
 
 
 def _report(error: Exception, path: Path, context: Context) -> int:
-    """Say what went wrong: one line for a mistake, or a file that the system refuses; a traceback for a failure."""
-    mistake = str(error) if isinstance(error, InputError) else file_system_message(error)
-    if mistake is not None:
-        print(f"flearn: {mistake}", file=sys.stderr, flush=True)
-    else:
+    """Say what went wrong: one line for a mistake, or a file that the system refuses; a traceback for a failure.
+
+    The system's line does not say who was refused what for, so its traceback goes to this rank's log.
+    """
+    mistake = str(error) if isinstance(error, InputError) else refusal_message(error)
+    if mistake is None:
         log.error("%s", traceback.format_exc())
+    else:
+        print(f"flearn: {mistake}", file=sys.stderr, flush=True)
+        if not isinstance(error, InputError):
+            _log_traceback(path.parent / f"rank{context.rank}.log")
     message = mistake or f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # on a full disk the line above has to do
         if not path.exists():  # the first to fail is the cause; its peers then lose their connections
             note_error(path, context.rank, message)
     return FAILED if mistake is None else MISTAKE
+
+
+def _log_traceback(path: Path) -> None:
+    """Past the logger, which would say it on the terminal, too, and complain there of a full disk."""
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write(traceback.format_exc())
 
 
 def leave(code: int, context: Context) -> NoReturn:

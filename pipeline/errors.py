@@ -9,6 +9,8 @@ _FULL_DISK_ADVICE = (
     " or write to a larger disk (a run: cluster.runs_dir; other commands: --out)"
 )
 
+_CALLERS_TO_MEND = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
 
 class InputError(ValueError):
     """Bad input. The message is one line that names the file, field or tensor, and says what to do."""
@@ -20,6 +22,15 @@ def file_system_message(error: BaseException) -> str | None:
     if message is None and isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return message
+
+
+def refusal_message(error: BaseException) -> str | None:
+    """As `file_system_message`, but only of a full disk and of what whoever chose the path can mend.
+
+    For a rank: its libraries read files and start programs of their own, and that one of these is missing is no mistake of the caller's.
+    """
+    is_theirs = isinstance(error, OSError) and error.errno in _CALLERS_TO_MEND
+    return file_system_message(error) if is_theirs else full_disk_message(error)
 
 
 def full_disk_message(error: BaseException) -> str | None:
