@@ -40,7 +40,7 @@ STAGES: dict[str, Stage] = {
     "model": Stage("pipeline.models.stage:run", 1, "one"),
     "teach": Stage("pipeline.train.stage:run", 1, "all"),
     "tune_old": Stage("pipeline.train.stage:run", 1, "all"),
-    "forget": Stage("pipeline.delta.stage:run", 1, "one"),
+    "forget": Stage("pipeline.delta.stage:run", 2, "one"),  # raised with ARITHMETIC_VERSION, or a run begun before cannot go on
     "learn": Stage("pipeline.train.stage:run", 1, "all"),
     "evaluate": Stage("pipeline.evaluate.stage:run", 1, "all"),
     "report": Stage("pipeline.report.stage:run", 2, "one"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import config
+from pipeline.delta.subtract import ARITHMETIC_VERSION
 from pipeline.errors import InputError
 from pipeline.stages import METHODS, STAGES, Plan, plan
 
@@ -31,6 +32,11 @@ def test_every_stage_function_exists() -> None:
     for stage in STAGES.values():
         module, _, name = stage.function.partition(":")
         assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_the_forget_stage_has_a_version_for_each_of_the_arithmetic() -> None:
+    """Or its folder would be the one where a run of an earlier version was interrupted, which cannot be gone on with."""
+    assert (ARITHMETIC_VERSION, STAGES["forget"].version) == (4, 2), "raise both"
 
 
 def test_methods_share_what_they_can() -> None:
