@@ -49,6 +49,8 @@ def undo(
     manifest = Journal(forgotten).manifest
     if manifest is None:
         raise InputError(f"{forgotten}: holds no finished result of `flearn delta subtract`, or its manifest.json is damaged")
+    _require_float32(forgotten, manifest)
+    _require_noted_inputs(forgotten, manifest)  # before any digest is compared: an older flearn's may be another's
     recipe = manifest["recipe"]
     tuned = Path(recipe["tuned"]["path"]) if tuned is None else tuned
     if not tuned.exists():
@@ -57,7 +59,6 @@ def undo(
         raise InputError(
             f"{tuned}: is not the tuned model that was subtracted (or it has changed since): the base cannot be had back from it"
         )
-    _require_float32(forgotten, manifest)
     _require_tensors(forgotten, manifest)
     return subtract(
         forgotten,
@@ -69,7 +70,7 @@ def undo(
         memory=memory,
         io=io,
         part=part,
-        undoes=lambda receipt: _require_inputs(forgotten, tuned, manifest["tensors"], receipt),
+        undoes=lambda receipt: _require_inputs(forgotten, tuned, out, manifest["tensors"], receipt),
         announce=announce,
         progress=progress,
     )
@@ -97,25 +98,33 @@ def say_how_exact(forgotten: Path, back: Path) -> str:
     )
 
 
-def _require_inputs(forgotten: Path, tuned: Path, tensors: dict[str, Any], receipt: Receipt) -> None:
-    """Raises InputError if the tensors of `receipt` were made of other bytes than those that were written, and subtracted."""
+def _require_inputs(forgotten: Path, tuned: Path, out: Path, tensors: dict[str, Any], receipt: Receipt) -> None:
+    """Raises InputError if the tensors of `receipt` were made of other bytes than those that were written, and subtracted.
+
+    By then `out` is begun, and holds whatever shards were finished before.
+    """
+    advice = f"delete {out} before trying with other inputs"
     for name, noted in receipt.items():
         read, right = noted["inputs"], tensors[name]
         if read["base"] != right["blake3"]:
             raise InputError(
                 f"{forgotten}: {name}: its bytes are not those that were written, so the base cannot be had back; `flearn delta verify"
-                f" {forgotten}` says what differs"
+                f" {forgotten}` says what differs; {advice}"
             )
         if read.get("tuned") != right["inputs"].get("tuned"):
-            raise InputError(f"{tuned}: {name} has other values than when it was subtracted; give the tuned model as it was then")
+            raise InputError(f"{tuned}: {name} has other values than when it was subtracted; give the tuned model as it was then; {advice}")
 
 
 def _require_tensors(forgotten: Path, manifest: dict[str, Any]) -> None:
-    """Raises InputError unless the result has the manifest's tensors, and the manifest says what they were made of."""
+    """Raises InputError unless the result has the manifest's tensors."""
     with closing(open_source(forgotten)) as source:
         differing = sorted(source.tensors.keys() ^ manifest["tensors"].keys())
     if differing:
         raise InputError(f"{forgotten}: {differing[0]} is not in both its manifest.json and its weights: the result is damaged")
+
+
+def _require_noted_inputs(forgotten: Path, manifest: dict[str, Any]) -> None:
+    """Raises InputError unless the manifest says what each tensor was made of."""
     if not all("base" in tensor.get("inputs", {}) for tensor in manifest["tensors"].values()):
         raise InputError(
             f"{forgotten}: was made by an older flearn, which did not note what it read: whether the base is right could not be told."

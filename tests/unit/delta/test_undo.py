@@ -96,7 +96,7 @@ def test_a_tuned_model_that_changed_where_digests_do_not_look_is_refused(tmp_pat
     base, tuned = write_large_pair(tmp_path, dtype)
     subtract(base, tuned, 0.3, tmp_path / "out")
     change_unseen(tuned)
-    with pytest.raises(InputError, match=f"tuned: {LARGE} has other values than when it was subtracted"):
+    with pytest.raises(InputError, match=f"tuned: {LARGE} has other values.*; delete {tmp_path / 'back'} before trying with other inputs"):
         undo(tmp_path / "out", tmp_path / "back")
     assert not list((tmp_path / "back").glob("*.safetensors")) and not (tmp_path / "back/manifest.json").exists()
 
@@ -133,6 +133,10 @@ def test_a_result_of_an_older_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="older flearn"):
         undo(tmp_path / "out", tmp_path / "back")
     assert verify(tmp_path / "out") == Verdict([], [])
+    manifest["recipe"]["tuned"]["digest"] = "older"  # of a version that defined it otherwise: the tuned model is not accused
+    write_json(tmp_path / "out/manifest.json", manifest)
+    with pytest.raises(InputError, match="older flearn"):
+        undo(tmp_path / "out", tmp_path / "back")
 
 
 KILLED = """
@@ -162,7 +166,7 @@ def test_an_undo_that_was_killed_goes_on_and_still_compares(tmp_path: Path, fold
     assert subprocess.run([sys.executable, "-c", KILLED, tmp_path / "out", tmp_path / "back"], check=False).returncode == -9
     assert list((tmp_path / "back").glob("*.safetensors")) and not (tmp_path / "back/manifest.json").exists()
     change_unseen(tmp_path / folder)
-    with pytest.raises(InputError, match=f"{folder}: {LARGE}"):
+    with pytest.raises(InputError, match=f"{folder}: {LARGE}.*; delete {tmp_path / 'back'} before trying with other inputs"):
         undo(tmp_path / "out", tmp_path / "back", max_shard_size=10_000)
     assert not (tmp_path / "back/manifest.json").exists()
     change_unseen(tmp_path / folder)  # back again
