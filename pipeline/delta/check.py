@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from pipeline.delta.chunks import CHUNK_BYTES
 from pipeline.delta.disk import Io, SliceReader, page_memory, room_for
+from pipeline.delta.extras import file_digest
 from pipeline.delta.floats import count_not_finite
 from pipeline.delta.plan import is_recomputed
 from pipeline.errors import InputError
@@ -25,11 +26,20 @@ Digests = Mapping[str, Mapping[str, str]]
 _NUM_READERS = 4
 
 
-def check_files(out: Path, shards: Digests) -> Iterator[str]:
-    """Files that do not belong, and an index that leads elsewhere."""
+def check_files(out: Path, shards: Digests, extras: Mapping[str, str]) -> Iterator[str]:
+    """Files that do not belong, a config or tokenizer that is not as it was written, and an index that leads elsewhere.
+
+    Args:
+        extras: {file: blake3 of its bytes} of what was copied to go with the weights.
+    """
     for path in sorted(out.glob("*.safetensors")):
         if path.name not in shards:
             yield f"{path.name}: is not in the manifest"
+    for name, digest in extras.items():
+        if not (out / name).is_file():
+            yield f"{name}: is missing"
+        elif file_digest(out / name) != digest:
+            yield f"{name}: its bytes are not those that were written"
     if len(shards) == 1:
         return
     try:

@@ -43,6 +43,9 @@ def is_manifest(value: Any) -> bool:
     """Whether `value` (of a JSON file) is the manifest of a finished subtraction."""
     if not _has(value, _MANIFEST) or not _has(value["recipe"], _RECIPE) or not _has(value["survival"], _FIGURES):
         return False
+    extras = value.get("extras", {})  # older ones have none
+    if not isinstance(extras, dict) or not all(isinstance(digest, str) for digest in extras.values()):
+        return False
     recipe = value["recipe"]
     dtypes = recipe["dtype"].values() if isinstance(recipe["dtype"], dict) else [recipe["dtype"]]
     if not is_scale(recipe["scale"]) or recipe["rounding"] not in get_args(Rounding) or not all(dtype in _DTYPES for dtype in dtypes):

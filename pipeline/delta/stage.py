@@ -36,6 +36,7 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
             seed=section["seed"],
             max_shard_size=forget.max_shard_size,
             part=(1, 1) if context.part is None else (context.part[0] + 1, context.part[1]),
+            announce=lambda line: log.info("forget: %s", line),
             progress=progress,
         )
     if context.part is not None:

@@ -19,7 +19,7 @@ from pipeline.artifact import write_json
 from pipeline.delta import diagnostics
 from pipeline.delta.arithmetic import Formula, Rounding, is_scale
 from pipeline.delta.disk import Io, OutputFile
-from pipeline.delta.extras import extras_folder, extras_recipe, extras_warnings
+from pipeline.delta.extras import extras_digests, extras_folder, extras_recipe, extras_warnings
 from pipeline.delta.journal import Journal
 from pipeline.delta.making import Receipt
 from pipeline.delta.plan import Plan, make_plan
@@ -86,7 +86,7 @@ def subtract(
         undoes: Where this takes back an earlier subtraction, so that what survives of the change does not matter: called with each
             shard's receipt before the shard is put into its place, it raises InputError if what was read is not what it has to be.
         part: (i, n): do the i-th of n parts (from 1). The one that finishes last completes `out`.
-        announce: Called with a line on the sizes before the work, if there is any.
+        announce: Called with a line on the sizes before the work, if this call has shards to write.
 
     Raises:
         InputError: The models do not fit, `out` holds something else, the disk is too full, or a weight is not finite.
@@ -98,23 +98,25 @@ def subtract(
             raise InputError(f"{out}: lies in {source}, which is read; give another --out")
     if not 1 <= part[0] <= part[1]:
         raise InputError(f"part {part[0]}/{part[1]}: must be I/N with I from 1 to N")
-    extras_folder(base)  # what may not be copied is said before anything is written
+    extras = extras_folder(base)  # what may not be copied is said before anything is written
     formula = Formula(scale, rounding, seed)
     sizes = parse_size(max_shard_size), parse_size(memory)
     with closing(open_source(base)) as base_source, closing(open_source(tuned, base=base_source)) as tuned_source:
         plan = make_plan(base_source, tuned_source, dtype, sizes[0])
         stream = Stream(plan, base_source, tuned_source, formula, sizes[1], io, undoes)
-        recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | extras_recipe(base) | ({"undoes": True} if undoes is not None else {})
+        recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | extras_recipe(base, extras)
+        if undoes is not None:
+            recipe["undoes"] = True
         shards = plan.shards[part[0] - 1 :: part[1]]
         journal = Journal(out)
         manifest = journal.claim(recipe, lambda: require_free(out, _num_bytes(shards)))
         if manifest is not None:
-            _require_whole(out, plan)
+            _require_whole(out, plan, manifest)
             return Outcome("found", manifest, 0)
         missing = [shard for shard in shards if journal.receipt(shard) is None]
         num_bytes = _num_bytes(missing)
         require_free(out, num_bytes)
-        if announce is not None:
+        if announce is not None and missing:
             announce(state_sizes(plan, missing, part, "the base" if undoes is None else "the result", free_bytes(out)))
         stream.run(
             missing,
@@ -122,22 +124,22 @@ def subtract(
             on_whole=journal.record,
             on_progress=lambda num_done: progress(num_done, num_bytes) if progress is not None else None,
         )
-        return _finish(journal, plan, recipe, formula)
+        return _finish(journal, plan, recipe, formula, extras)
 
 
 def _num_bytes(shards: Sequence[Shard]) -> int:
     return sum(shard.num_bytes for shard in shards)
 
 
-def _require_whole(out: Path, plan: Plan) -> None:
-    """Raises InputError if a finished result has since lost a shard, or has another file in its place (sizes and headers are looked at)."""
+def _require_whole(out: Path, plan: Plan, manifest: dict[str, Any]) -> None:
+    """Raises InputError if a finished result has since lost a file, or has another in a shard's place (sizes and headers are looked at)."""
     lost = [
         f"{shard.file_name} {'has another size or header' if (out / shard.file_name).is_file() else 'is missing'}"
         for shard in plan.shards
         if not shard.is_written(out)
     ]
-    if len(plan.shards) > 1 and not (out / INDEX).is_file():
-        lost.append(f"{INDEX} is missing")
+    others = [*([INDEX] if len(plan.shards) > 1 else []), *manifest.get("extras", {})]  # older manifests do not note extras
+    lost += [f"{name} is missing" for name in others if not (out / name).is_file()]
     if lost:
         raise InputError(f"{out}: was finished, but {', '.join(lost)}; restore what is lost, or delete {out} and run again")
 
@@ -157,38 +159,43 @@ def _recipe(base: Path, tuned: Path, formula: Formula, dtype: str | dict[str, st
     return recipe
 
 
-def _finish(journal: Journal, plan: Plan, recipe: dict[str, Any], formula: Formula) -> Outcome:
+def _finish(journal: Journal, plan: Plan, recipe: dict[str, Any], formula: Formula, extras: Path | None) -> Outcome:
     """If every part is done, put index, config and tokenizer beside the shards, then the manifest."""
     receipts = [journal.receipt(shard) for shard in plan.shards]
     num_waiting = receipts.count(None)
     if num_waiting:
         manifest = journal.claim(recipe, lambda: None)  # another worker may have completed the output just now
         return Outcome("written", manifest, 0) if manifest is not None else Outcome("waiting", {}, num_waiting)
-    manifest = _manifest(plan, {name: noted for receipt in receipts if receipt for name, noted in receipt.items()}, recipe, formula)
-    journal.commit(manifest, lambda folder: _write_files(folder, plan, Path(recipe["base"]["path"])))
+    noted = {name: noted for receipt in receipts if receipt for name, noted in receipt.items()}
+    manifest = _manifest(plan, noted, recipe, formula, extras)
+
+    def write_files(folder: Path) -> None:
+        _write_files(folder, plan, extras)
+        manifest["extras"] = extras_digests(extras, folder)  # known only now: a config is not copied as it is
+
+    journal.commit(manifest, write_files)
     return Outcome("written", manifest, 0)
 
 
-def _write_files(folder: Path, plan: Plan, base: Path) -> None:
+def _write_files(folder: Path, plan: Plan, extras: Path | None) -> None:
     """What makes shards a model folder: the index, and the base's config and tokenizer where it has them."""
     if len(plan.shards) > 1:
         write_json(folder / INDEX, index_of(plan.shards))
-    extras = extras_folder(base)
     if extras is not None:
         copy_extras(extras, folder, main_dtype(plan.shards))
 
 
-def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], formula: Formula) -> dict[str, Any]:
-    base = Path(recipe["base"]["path"])
+def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], formula: Formula, extras: Path | None) -> dict[str, Any]:
     survivals = {name: Survival(**receipts[name]["survival"]) for name, item in plan.items.items() if item.other is not None}
     dtype = main_dtype(plan.shards)
+    warnings = [*diagnostics.warnings(survivals, formula.scale, dtype), *extras_warnings(Path(recipe["base"]["path"]), extras)]
     return {
         "tool": f"flearn {_version()}",
         "recipe": recipe,
         "dtype": dtype,
         "num_bytes": plan.num_bytes,
         "survival": diagnostics.total(survivals).figures(formula.scale),
-        "warnings": [] if recipe.get("undoes") else [*diagnostics.warnings(survivals, formula.scale, dtype), *extras_warnings(base)],
+        "warnings": [] if recipe.get("undoes") else warnings,
         "notes": plan.notes,
         "layers": diagnostics.layers(survivals, formula.scale),
         "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in plan.shards],

@@ -102,6 +102,14 @@ def test_what_was_finished_is_found_again_and_what_was_lost_since_is_named(
         run(inputs, tmp_path / "out", context)
 
 
+def test_the_log_says_the_sizes_once(inputs: dict[str, Artifact], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "flearn")
+    for _ in range(2):
+        run(inputs, tmp_path / "out", Context())
+    (said,) = [record.getMessage() for record in caplog.records if "writes" in record.getMessage()]
+    assert said.startswith("forget: writes ") and "shards (float32; the base is bfloat16, " in said
+
+
 def test_a_part_that_was_stopped_is_still_missing(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(inputs, out, Context(part=(0, 2))) is None

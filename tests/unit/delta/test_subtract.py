@@ -324,6 +324,35 @@ def test_what_lies_beside_a_single_file_comes_along_if_there_is_a_config(tmp_pat
         subtract(file, tuned, 0.3, tmp_path / "out")
 
 
+@pytest.mark.parametrize("config", ["[1]", '{"compilerOptions": {}}', "{", '"model_type"', "[" * 100_000])
+def test_another_programs_config_beside_a_single_file_is_no_models(tmp_path: Path, config: str) -> None:
+    base, tuned = write_pair(tmp_path)
+    (base / "config.json").write_text(config)
+    (base / "tokenizer.txt").write_text("another program's")
+    manifest = subtract(base / "model.safetensors", tuned, 0.3, tmp_path / "out").manifest
+    assert contents(tmp_path / "out").keys() == {"manifest.json", "model.safetensors"}
+    assert "the result has no config.json" in manifest["warnings"][-1]
+
+
+@pytest.mark.parametrize("name", ["config.json", "additional_chat_templates/short.jinja"])
+def test_a_finished_result_that_lost_what_came_along_is_refused(tmp_path: Path, name: str) -> None:
+    base, tuned = write_pair(tmp_path)
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/short.jinja").write_text("{{ messages }}")
+    assert subtract(base, tuned, 0.3, tmp_path / "out").manifest["extras"].keys() == {
+        "config.json",
+        "additional_chat_templates/short.jinja",
+    }
+    (tmp_path / "out" / name).unlink()
+    with pytest.raises(InputError, match=f"was finished, but {name} is missing; restore"):
+        subtract(base, tuned, 0.3, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    del manifest["extras"]  # an older one
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    assert subtract(base, tuned, 0.3, tmp_path / "out").state == "found"
+
+
 def test_what_belongs_to_the_base_comes_along(tmp_path: Path) -> None:
     base, tuned = write_pair(tmp_path)
     (base / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')

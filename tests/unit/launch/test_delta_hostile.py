@@ -137,16 +137,15 @@ def test_a_damaged_config_is_met_before_anything_is_written(tmp_path: Path, caps
     base, _ = write_pair(tmp_path)
     (base / "config.json").write_text(text)
     assert f"{base / 'config.json'}: not" in subtract(capsys, tmp_path)
-    assert f"{base / 'config.json'}: not" in subtract(capsys, tmp_path, "--base", str(base / "model.safetensors"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
 def test_a_link_out_of_the_folder_beside_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     base, _ = write_pair(tmp_path)
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama"}')
     (base / name).unlink(missing_ok=True)
-    (tmp_path / "secret.json").write_text("{}")
+    (tmp_path / "secret.json").write_text('{"model_type": "llama"}')
     (base / name).symlink_to(tmp_path / "secret.json")
     assert f"{name}: is a link out" in subtract(capsys, tmp_path, "--base", str(base / "model.safetensors"))
     assert not (tmp_path / "out").exists()
@@ -224,6 +223,8 @@ def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
         "shards are texts": lambda manifest: manifest.update(shards=["model.safetensors"]),
         "a tensor in no shard": lambda manifest: manifest["tensors"]["lm_head.weight"].update(file="../x"),
         "no survival": lambda manifest: manifest.update(survival={}),
+        "extras are a list": lambda manifest: manifest.update(extras=["config.json"]),
+        "an extra's digest is none": lambda manifest: manifest.update(extras={"config.json": 5}),
     }
 
 
