@@ -19,9 +19,11 @@ COMMANDS = (run, status, logs, cancel, report, facts, models, delta, doctor)
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
+    code = 0
     try:
-        code: int = arguments.handler(arguments)
-        sys.stdout.flush()
+        code = arguments.handler(arguments)
+        if sys.stdout is not None:  # as it is where the caller has closed it
+            sys.stdout.flush()
     except InputError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return code
     except OSError as error:
         message = file_system_message(error)
         if message is None:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +97,17 @@ def _subtract(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             rounding=arguments.rounding,
             **_how(arguments),
-            announce=_announce,
+            announce=_say,
             progress=progress,
         )
     print(_summary(outcome, arguments.out))
     return 0
 
 
-def _announce(line: str) -> None:
-    """At once, wherever it goes: what follows takes a while."""
-    print(line, flush=True)
+def _say(line: str) -> None:
+    """At once, for what follows may take a while; and that is done, with its exit code, whether or not anybody reads the line."""
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def _how(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -128,8 +129,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     with _bar("verifying") as progress:
         verdict = verify(arguments.out, memory=arguments.memory, io=arguments.io, progress=progress)
     for problem in verdict.problems:
-        print(printable(problem))
-    print(printable(f"{arguments.out}: {verdict.summary}"))
+        _say(printable(problem))
+    _say(printable(f"{arguments.out}: {verdict.summary}"))
     return 0 if verdict.is_good else 1
 
 
@@ -142,7 +143,7 @@ def _undo(arguments: argparse.Namespace) -> int:
             arguments.out,
             tuned=arguments.tuned,
             **_how(arguments),
-            announce=_announce,
+            announce=_say,
             progress=progress,
         )
     print(_summary(outcome, arguments.out))

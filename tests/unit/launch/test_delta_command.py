@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from delta_models import formula, layered, load, nudged, save, write_pair
@@ -56,6 +61,43 @@ def test_a_result_that_has_lost_a_shard_is_not_called_done(tmp_path: Path, capsy
     assert told.out == ""
 
 
+@pytest.fixture(params=["a pipe that nobody reads", "none"])
+def deaf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command with a standard output that takes nothing; a pipe says so at the first flush."""
+
+    def run(*words: object) -> int:
+        with monkeypatch.context() as patch, ExitStack() as stack:  # within the test: pytest sets stdout before each
+            patch.setattr(sys, "stdout", stack.enter_context(broken_pipe()) if "pipe" in request.param else None)
+            return main(["delta", *map(str, words)])
+
+    return run
+
+
+def broken_pipe() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def test_the_work_is_done_though_nobody_reads_what_is_said(tmp_path: Path, deaf: Callable[..., int]) -> None:
+    base, tuned = write_pair(tmp_path)
+    assert deaf("subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", tmp_path / "out") == 0
+    right = formula(load(base), load(tuned), 0.3)
+    assert all(made.equal(right[name]) for name, made in load(tmp_path / "out").items())
+    assert deaf("undo", tmp_path / "out", "--out", tmp_path / "back") == 0
+    back = load(tmp_path / "back")
+    assert all(back[name].equal(values) for name, values in load(base).items())
+
+
+@pytest.mark.parametrize("num_strays", [1, 500])
+def test_a_check_has_its_exit_code_though_nobody_reads_what_is_said(tmp_path: Path, deaf: Callable[..., int], num_strays: int) -> None:
+    write_pair(tmp_path)
+    subtract(tmp_path)
+    for number in range(num_strays):
+        (tmp_path / f"out/stray-{number}.safetensors").touch()
+    assert deaf("verify", tmp_path / "out") == 1
+
+
 def test_a_narrow_result_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "base", layered(0))
     save(tmp_path / "tuned", nudged(layered(0), 1, std=1e-5))
@@ -69,6 +111,8 @@ def test_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert re.match(r"part 2/2 writes 2\d\.\d kB in 2 of 5 shards, 7\d\.\d kB in all \(float32; ", told)
     assert "left to other parts" in told
+    assert subtract(tmp_path, "--max-shard-size", "20KB", "--part", "7/7") == 0
+    assert "writes" not in capsys.readouterr().out
     assert subtract(tmp_path, "--max-shard-size", "20KB", "--part", "1/2") == 0
     assert "of the intended change is stored" in capsys.readouterr().out
 
