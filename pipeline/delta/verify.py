@@ -15,7 +15,7 @@ from pipeline.delta.journal import Journal
 from pipeline.delta.making import Receipt
 from pipeline.delta.plan import Plan, make_plan
 from pipeline.delta.stream import Stream
-from pipeline.delta.subtract import Progress
+from pipeline.delta.subtract import ARITHMETIC_VERSION, Progress
 from pipeline.errors import InputError
 from pipeline.weights.digest import content_digest
 from pipeline.weights.open import open_source
@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
     problems: list[str]
     """Each names what differs; empty: the result is what it should be."""
     notes: list[str]
-    """Inputs that are no longer there, so that the result could not be compared with them."""
+    """Why the result could not be compared with its inputs: these are no longer there, or another version of flearn made it."""
     unfinished: str = ""
     """Of a result that is not finished: how far it is."""
 
@@ -53,7 +53,8 @@ class Verdict(NamedTuple):
 def verify(out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress: Progress | None = None) -> Verdict:
     """Check the result in `out`: every file, every tensor's bytes, and that they are base - scale * (tuned - base).
 
-    An unfinished result's finished shards are checked, too. Raises InputError if `out` is no result of `subtract`.
+    An unfinished result's finished shards are checked, too. Of a finished one of another version of flearn, whose arithmetic or digests
+    may be others, only the bytes are. Raises InputError if `out` is no result of `subtract`.
     """
     journal = Journal(out)
     manifest = journal.manifest
@@ -65,7 +66,7 @@ def verify(out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress
         if progress is not None:
             progress(num_done, 2 * num_bytes)
 
-    problems = [*check_files(out, shards, manifest.get("extras", {})), *_equals_base(manifest)]
+    problems = [*check_files(out, shards), *_equals_base(manifest)]
     differing = check_shards(out, shards, io, lambda num_read: report(num_bytes * num_read // len(shards)))
     compared = _against_inputs(out, manifest, differing, parse_size(memory), io, lambda num_done: report(num_bytes + num_done))
     return Verdict(problems + compared.problems, compared.notes)
@@ -79,10 +80,18 @@ def _verify_unfinished(journal: Journal, io: Io) -> Verdict:
         raise InputError(
             f"{journal.out}: holds no result of `flearn delta subtract` (its manifest.json is absent, damaged or another program's)"
         )
+    if not _is_of_this_version(journal.recipe):
+        again = f"delete {journal.out} and run the command again"
+        return Verdict([], [], f"not finished, and begun by another version of flearn, which this one cannot go on with: {again}")
     shards = {file: {name: noted["blake3"] for name, noted in receipt.items()} for file, receipt in journal.receipts().items()}
     differing = check_shards(journal.out, shards, io, lambda num_read: None)
     done = f"not finished, {len(shards)} shards are done{'' if differing else ' and as they were written'}"
     return Verdict([*differing.values()], [], f"{done}; run the same command again, it goes on from there")
+
+
+def _is_of_this_version(recipe: dict[str, Any]) -> bool:
+    """Whether the recipe's digests mean what this version's do, and its inputs give the same bytes."""
+    return bool(recipe.get("version") == ARITHMETIC_VERSION)
 
 
 def _tensors_by_file(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -106,6 +115,8 @@ def _against_inputs(
 ) -> Verdict:
     """Compute the result again, and say of tensors that differ in what way."""
     recipe = manifest["recipe"]
+    if not _is_of_this_version(recipe):
+        return Verdict([*differing.values()], ["it was made by another version of flearn"])
     verdict = Verdict([], [])
     for role in ("base", "tuned"):
         path = Path(recipe[role]["path"])
