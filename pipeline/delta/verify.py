@@ -66,7 +66,7 @@ def verify(out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress
         if progress is not None:
             progress(num_done, 2 * num_bytes)
 
-    problems = [*check_files(out, shards), *_equals_base(manifest)]
+    problems = [*check_files(out, shards, manifest.get("extras", {})), *_equals_base(manifest)]
     differing = check_shards(out, shards, io, lambda num_read: report(num_bytes * num_read // len(shards)))
     compared = _against_inputs(out, manifest, differing, parse_size(memory), io, lambda num_done: report(num_bytes + num_done))
     return Verdict(problems + compared.problems, compared.notes)

@@ -157,6 +157,22 @@ def test_an_index_that_is_none_is_named(out: Path, text: str) -> None:
     assert "model.safetensors.index.json: " in only_problem(out)
 
 
+def test_a_config_that_is_lost_or_changed_is_named(tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path)
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    subtract(base, tuned, 0.3, tmp_path / "out")
+    assert verify(tmp_path / "out") == Verdict([], [])
+    config = tmp_path / "out/config.json"
+    config.write_text(config.read_text().replace("llama", "gpt2"))
+    assert only_problem(tmp_path / "out") == "config.json: its bytes are not those that were written"
+    config.unlink()
+    assert only_problem(tmp_path / "out") == "config.json: is missing"
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    del manifest["extras"]  # an older one
+    write_json(tmp_path / "out/manifest.json", manifest)
+    assert verify(tmp_path / "out") == Verdict([], [])
+
+
 def test_a_doctored_manifest_is_found_out(out: Path) -> None:
     """The file and its digest fit each other, but not the models they were made from."""
     values = load(out)[NAME] + 1
