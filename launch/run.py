@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,8 @@ def _run_here(plan: Plan, experiment: Experiment) -> int:
         if pending:
             from launch import here
 
-            print(f"{plan.run_dir}: {len(pending)} of {len(plan.steps)} steps to do", flush=True)
+            with suppress(BrokenPipeError):  # the steps are done whether or not anybody reads this
+                print(f"{plan.run_dir}: {len(pending)} of {len(plan.steps)} steps to do", flush=True)
             code = here.run(plan.run_dir / PLAN, experiment.cluster.ranks, lock)
             if code:
                 return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,3 +106,20 @@ def test_a_deepspeed_setting_that_corrupts(tmp_path: Path) -> None:
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
     assert "round_robin_gradients" in refused(tmp_path, "facts.limit=4", f"teach.deepspeed={config}")
+
+
+def test_a_run_goes_on_if_nobody_reads_what_it_prints(tmp_path: Path) -> None:
+    """As `flearn run CONFIG | true`: it used to end at its first line, with exit code 0."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    settings = [
+        "--set",
+        f"cluster.runs_dir={tmp_path / 'runs'}",
+        "--set",
+        f"facts.path={write(tmp_path / 'facts.jsonl', {**FACT, 'prompt': 7})}",
+    ]
+    command = [sys.executable, "-m", "launch", "run", "configs/quickstart.yaml", *settings]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 2, done.stderr
+    assert "facts.jsonl" in done.stderr
