@@ -48,7 +48,7 @@ def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSou
     if not source.tensors:
         raise InputError(f"{path}: holds no tensors")
     if base is not None:
-        _require_whole(path, source.tensors, base)
+        _require_no_lora_names(path, source.tensors, base)
         source.rename(align_to_base([*source.tensors, *source.aliases], base))
     return source
 
@@ -79,7 +79,7 @@ def _hub_advice(path: Path) -> str:
     )
 
 
-def _require_whole(path: Path, names: Iterable[str], base: TensorSource) -> None:
+def _require_no_lora_names(path: Path, names: Iterable[str], base: TensorSource) -> None:
     """Raises InputError for the names of a LoRA run, whose change is not the tensors' own, unless the base has such names too."""
     example = next(filter(_OF_LORA.search, names), None)
     if example is None or any(map(_OF_LORA.search, base.tensors)):

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from subtract import watch
+from subtract import timed, watch
 
 from pipeline.artifact import write_json
 
@@ -31,11 +29,8 @@ def main() -> None:
     parser.add_argument("--memory", default="256MiB")
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="bench-adapter-", dir=arguments.folder))
-    try:
-        print(json.dumps(measure(folder, arguments)))
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="bench-adapter-", dir=arguments.folder) as folder:
+        print(json.dumps(measure(Path(folder), arguments)))
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
@@ -43,11 +38,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     write_base_and_adapter(base, adapter, arguments)
     command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", adapter, "--scale", "0.3"]
     options = ["--out", folder / "out", "--dtype", arguments.dtype, "--memory", arguments.memory]
-    import_torch = watch([sys.executable, "-c", "import torch"])
-    started = time.perf_counter()
-    peak = watch([*command, *options])
-    seconds = round(time.perf_counter() - started, 2)
-    return {"command_seconds": seconds, "command_peak_mib": peak >> 20, "import_torch_peak_mib": import_torch >> 20}
+    _, bare = timed(lambda: watch([sys.executable, "-c", "import torch"]))
+    seconds, peak = timed(lambda: watch([*command, *options]))
+    return {"command_seconds": seconds, "command_peak_mib": peak, "import_torch_peak_mib": bare}
 
 
 def write_base_and_adapter(base: Path, adapter: Path, arguments: argparse.Namespace) -> None:

@@ -38,11 +38,8 @@ def main() -> None:
     arguments = _parse()
     if arguments.mergekit is not None:
         require_mergekit(arguments.mergekit)
-    folder = Path(tempfile.mkdtemp(prefix="bench-subtract-", dir=arguments.folder))
-    try:
-        print(json.dumps(measure(folder, arguments)))
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="bench-subtract-", dir=arguments.folder) as folder:
+        print(json.dumps(measure(Path(folder), arguments)))
 
 
 def _parse() -> argparse.Namespace:
@@ -201,6 +198,14 @@ def watch(command: list[object]) -> int:
         time.sleep(0.01)
     assert process.returncode == 0, command
     return peak
+
+
+def timed(way: Callable[[], int]) -> tuple[float, int]:
+    """Seconds and MiB of something that returns its peak in bytes, begun when the disk has done what was left to do."""
+    os.sync()
+    started = time.perf_counter()
+    peak = way()
+    return round(time.perf_counter() - started, 2), peak >> 20
 
 
 def anonymous_bytes(pid: int) -> int:

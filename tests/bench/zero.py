@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from subtract import require_mergekit, run_mergekit, watch, write_model
+from subtract import require_mergekit, run_mergekit, timed, watch, write_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from zero_checkpoint import Checkpoint
@@ -49,45 +47,34 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.mergekit is not None:
         require_mergekit(arguments.mergekit)
-    folder = Path(tempfile.mkdtemp(prefix="bench-zero-", dir=arguments.folder))
-    try:
-        print(json.dumps(measure(folder, arguments)))
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="bench-zero-", dir=arguments.folder) as folder:
+        print(json.dumps(measure(Path(folder), arguments)))
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
-    """Each way as processes of its own, one after the other, their imports included."""
+    """Each way as processes of its own, one after the other, their imports included.
+
+    Their inputs lie in the page cache as far as that has room, as a fine-tuning leaves them.
+    """
     base, checkpoint, out = folder / "base", folder / "checkpoint", folder / "out"
     write_model(base, arguments.layers, 0)
     num_weights = write_checkpoint(base, checkpoint, arguments.stage, arguments.ranks)
     result: dict[str, object] = {"weights": num_weights, "stage": arguments.stage, "ranks": arguments.ranks}
     command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", checkpoint, "--scale", "0.3", "--out", out]
-    _, bare = _timed(lambda: watch([sys.executable, "-c", "import torch"]))
-    seconds, peak = _timed(lambda: watch([*command, "--dtype", "bfloat16"]))
+    _, bare = timed(lambda: watch([sys.executable, "-c", "import torch"]))
+    seconds, peak = timed(lambda: watch([*command, "--dtype", "bfloat16"]))
     result |= {"import_torch_peak_mib": bare, "subtract_seconds": seconds, "subtract_peak_mib": peak}
     if arguments.only_ours:
         return result
     shutil.rmtree(out)
     consolidated = folder / "consolidated"
-    seconds, peak = _timed(lambda: watch([sys.executable, "-c", CONSOLIDATE, checkpoint, consolidated]))
+    seconds, peak = timed(lambda: watch([sys.executable, "-c", CONSOLIDATE, checkpoint, consolidated]))
     result |= {"zero_to_fp32_seconds": seconds, "zero_to_fp32_peak_mib": peak}
     if arguments.mergekit is not None:
         shutil.copy(base / "config.json", consolidated)  # zero_to_fp32 writes nothing but weights
-        seconds, peak = _timed(lambda: run_mergekit(base, consolidated, out, arguments.mergekit))
+        seconds, peak = timed(lambda: run_mergekit(base, consolidated, out, arguments.mergekit))
         result |= {"mergekit_seconds": seconds, "mergekit_peak_mib": peak}
     return result
-
-
-def _timed(way: Callable[[], int]) -> tuple[float, int]:
-    """Seconds and MiB of something that returns its peak in bytes, begun when the disk has done what was left to do.
-
-    Its inputs lie in the page cache as far as that has room, as a fine-tuning leaves them.
-    """
-    os.sync()
-    started = time.perf_counter()
-    peak = way()
-    return round(time.perf_counter() - started, 2), peak >> 20
 
 
 def write_checkpoint(base: Path, folder: Path, stage: int, num_ranks: int) -> int:
