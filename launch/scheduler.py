@@ -62,7 +62,7 @@ def require_controller() -> None:
     """Raise InputError if SLURM's controller does not answer: sbatch would try for minutes, squeue for half of one."""
     answer = _run(["scontrol", "ping"])
     if " UP" not in answer.stdout:
-        said = (answer.stdout + answer.stderr).strip().rpartition("\n")[2]
+        said = (answer.stdout + answer.stderr).strip().partition("\n")[0]  # below it are asterisks
         raise InputError(f"SLURM's controller does not answer ({said})")
 
 

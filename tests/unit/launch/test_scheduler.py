@@ -119,7 +119,7 @@ def test_a_controller_that_does_not_answer_is_one_line(recorded: Recorded) -> No
     recorded.add("scontrol", f"Slurmctld(primary) at vm is DOWN\n{stars}** RESTORE SLURMCTLD DAEMON TO SERVICE **\n{stars}", code=1)
     with pytest.raises(InputError) as raised:
         scheduler.require_controller()
-    assert "\n" not in str(raised.value) and "does not answer (" in str(raised.value)
+    assert str(raised.value) == "SLURM's controller does not answer (Slurmctld(primary) at vm is DOWN)"
     recorded.add("scontrol", "Slurmctld(primary) at vm is UP\n")
     scheduler.require_controller()
 
