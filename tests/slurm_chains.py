@@ -45,9 +45,9 @@ def settings(runs: Path, *overrides: str) -> list[str]:
     return [part for s in [*SMALL, f"cluster.runs_dir={runs}", *overrides] for part in ("--set", s)]
 
 
-def flearn(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def flearn(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def run(runs: Path, on: str, *overrides: str) -> Path:

@@ -14,13 +14,13 @@ from slurm_chains import ZERO, run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[dict[str, str]]:
-    """A dev cluster of this file's own; the environment of its users, which ours becomes."""
+def cluster() -> Iterator[None]:
+    """A dev cluster of this file's own; our environment becomes that of its users."""
     before = dict(os.environ)
     try:
         with dev_cluster() as env:
             os.environ.update(env)
-            yield env
+            yield
     finally:
         os.environ.clear()
         os.environ.update(before)

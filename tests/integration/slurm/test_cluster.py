@@ -9,30 +9,30 @@ import time
 from pathlib import Path
 
 import pytest
+import slurm_chains
 from dev_cluster import CLUSTER, ROOT
-from slurm_chains import needs_slurm
+from slurm_chains import needs_slurm, slurm
 
 pytestmark = needs_slurm
 
 SMALL = ["facts.limit=12", "methods=[flearn_ft]", "model.tiny.num_layers=2", "cluster.ranks=2", "cluster.nodes=2"]
 
 
-def flearn(cluster: dict[str, str], command: str, *options: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
+def flearn(command: str, *options: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
     settings = [part for override in [*SMALL, *overrides] for part in ("--set", override)]
-    arguments = [sys.executable, "-m", "launch", command, "configs/quickstart.yaml", "--on", "slurm", *options, *settings]
-    return subprocess.run(arguments, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=300)
+    return slurm_chains.flearn(command, "configs/quickstart.yaml", "--on", "slurm", *options, *settings)
 
 
-def queue(cluster: dict[str, str]) -> str:
-    return subprocess.run(["squeue", "--noheader"], env=cluster, capture_output=True, text=True, check=True).stdout
+def queue() -> str:
+    return slurm("squeue", "--noheader")
 
 
-def is_empty(cluster: dict[str, str]) -> bool:
+def is_empty() -> bool:
     """Whether SLURM has no jobs. A job that has ended is in its queue for a moment more, completing."""
     deadline = time.monotonic() + 30
-    while queue(cluster) and time.monotonic() < deadline:
+    while queue() and time.monotonic() < deadline:
         time.sleep(0.2)
-    return not queue(cluster)
+    return not queue()
 
 
 def findings(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]]:
@@ -41,8 +41,8 @@ def findings(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str
     return {line[6:].partition(": ")[0]: (line[:4].strip(), line[6:].partition(": ")[2]) for line in lines}
 
 
-def test_doctor_on_a_healthy_cluster(cluster: dict[str, str], tmp_path: Path) -> None:
-    done = flearn(cluster, "doctor", overrides=[f"cluster.runs_dir={tmp_path}", "cluster.forget_parts=3"])
+def test_doctor_on_a_healthy_cluster(tmp_path: Path) -> None:
+    done = flearn("doctor", overrides=[f"cluster.runs_dir={tmp_path}", "cluster.forget_parts=3"])
     assert done.returncode == 0, done.stdout + done.stderr
     found = findings(done)
     assert {state for state, _ in found.values()} == {"ok"}, done.stdout
@@ -51,7 +51,7 @@ def test_doctor_on_a_healthy_cluster(cluster: dict[str, str], tmp_path: Path) ->
     assert f"{tmp_path} is the same on n1, n2" in found["shared folder"][1]
     assert found["signals"] == ("ok", "SIGUSR2 reached every rank")
     assert "a rank of" in found["teach"][1]
-    assert not list(tmp_path.iterdir()) and is_empty(cluster)
+    assert not list(tmp_path.iterdir()) and is_empty()
 
 
 @pytest.mark.parametrize(
@@ -64,23 +64,22 @@ def test_doctor_on_a_healthy_cluster(cluster: dict[str, str], tmp_path: Path) ->
         ("srun_args: [--container-image=x]", "probe job", "unrecognized option '--container-image=x'"),
     ],
 )
-def test_doctor_names_what_is_wrong_with_a_site(cluster: dict[str, str], tmp_path: Path, site: str, check: str, said: str) -> None:
+def test_doctor_names_what_is_wrong_with_a_site(tmp_path: Path, site: str, check: str, said: str) -> None:
     (tmp_path / "site.yaml").write_text(site + "\n")
-    done = flearn(cluster, "doctor", overrides=[f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={tmp_path / 'site.yaml'}"])
+    done = flearn("doctor", overrides=[f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={tmp_path / 'site.yaml'}"])
     assert done.returncode == 1, done.stdout + done.stderr
     failed = {check: found for check, (state, found) in findings(done).items() if state == "fail"}
     assert failed.keys() == {check} and said in failed[check], done.stdout
-    assert is_empty(cluster)
+    assert is_empty()
 
 
-def test_an_interrupted_doctor_leaves_nothing(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_an_interrupted_doctor_leaves_nothing(tmp_path: Path) -> None:
     runs_dir = tmp_path / "made" / "runs"
     options = ["--on", "slurm", "--set", "cluster.ranks=2", "--set", "cluster.nodes=2", "--set", f"cluster.runs_dir={runs_dir}"]
     command = [sys.executable, "-m", "launch", "doctor", "configs/quickstart.yaml", *options]
     doctor = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=cluster,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -90,24 +89,24 @@ def test_an_interrupted_doctor_leaves_nothing(cluster: dict[str, str], tmp_path:
     while not list(runs_dir.glob(".doctor-*/rank*.json")):
         assert time.monotonic() < deadline and doctor.poll() is None
         time.sleep(0.05)
-    assert " R " in queue(cluster)
+    assert " R " in queue()
     doctor.send_signal(signal.SIGINT)
     assert doctor.wait(60) == 130, doctor.communicate()
-    assert not list(tmp_path.iterdir()) and is_empty(cluster)
+    assert not list(tmp_path.iterdir()) and is_empty()
 
 
-def test_submitting_from_python(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_submitting_from_python(tmp_path: Path) -> None:
     code = f"""
 from launch import submit
 run = submit("configs/quickstart.yaml", {[*SMALL, f"cluster.runs_dir={tmp_path}"]!r})
 print(run.run_dir, *run.jobs)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=cluster, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     run_dir, *steps = done.stdout.split()
     assert run_dir == str(tmp_path / "quickstart") and len(steps) == 11
-    assert len(queue(cluster).splitlines()) >= len(steps) - 1
-    subprocess.run([sys.executable, "-m", "launch", "cancel", run_dir], cwd=ROOT, env=cluster, check=True)
-    assert is_empty(cluster), queue(cluster)
+    assert len(queue().splitlines()) >= len(steps) - 1
+    subprocess.run([sys.executable, "-m", "launch", "cancel", run_dir], cwd=ROOT, check=True)
+    assert is_empty(), queue()
 
 
 @pytest.mark.parametrize(
@@ -118,20 +117,20 @@ print(run.run_dir, *run.jobs)
         ("facts.path=/nowhere/facts.json", "facts.path: no such file or folder: /nowhere/facts.json"),
     ],
 )
-def test_a_missing_folder_is_one_line(cluster: dict[str, str], tmp_path: Path, override: str, said: str) -> None:
+def test_a_missing_folder_is_one_line(tmp_path: Path, override: str, said: str) -> None:
     for command in ("run", "doctor"):
-        done = flearn(cluster, command, overrides=[f"cluster.runs_dir={tmp_path}", override])
-        assert done.returncode == 2 and is_empty(cluster), done.stdout + done.stderr
+        done = flearn(command, overrides=[f"cluster.runs_dir={tmp_path}", override])
+        assert done.returncode == 2 and is_empty(), done.stdout + done.stderr
         assert done.stderr.startswith("flearn: ") and done.stderr.count("\n") == 1 and said.removesuffix("/quickstart") in done.stderr
 
 
-def test_an_unreachable_controller_is_one_line(cluster: dict[str, str], tmp_path: Path) -> None:
-    subprocess.run([str(CLUSTER), "down"], env=cluster, check=True, timeout=60)
+def test_an_unreachable_controller_is_one_line(tmp_path: Path) -> None:
+    subprocess.run([str(CLUSTER), "down"], check=True, timeout=60)
     try:
-        done = flearn(cluster, "run", overrides=[f"cluster.runs_dir={tmp_path}"])
+        done = flearn("run", overrides=[f"cluster.runs_dir={tmp_path}"])
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert done.stderr.startswith("flearn: SLURM's controller does not answer")
-        done = flearn(cluster, "doctor", overrides=[f"cluster.runs_dir={tmp_path}"])
+        done = flearn("doctor", overrides=[f"cluster.runs_dir={tmp_path}"])
         assert done.returncode == 1 and findings(done)["SLURM"][0] == "fail"
     finally:
-        subprocess.run([str(CLUSTER), "up"], env=cluster, check=True, timeout=60)
+        subprocess.run([str(CLUSTER), "up"], check=True, timeout=60)
