@@ -1,4 +1,6 @@
-"""`flearn cancel`: stop a run, its jobs in the queue or its processes on this machine. What is done is kept."""
+"""`flearn cancel`: stop a run, its jobs in the queue or its processes on this machine. What is done is
+kept.
+"""
 
 from __future__ import annotations
 

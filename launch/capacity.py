@@ -19,12 +19,15 @@ class Capacity(NamedTuple):
     host_bytes: int
     disk_bytes: int
     flops: dict[str, float] | None
-    """Floating-point operations a second of one rank, on a GPU or its share of the cores, in a large matrix product of each precision.
+    """Floating-point operations a second of one rank, on a GPU or its share of the cores, in a large matrix
+    product of each precision.
 
     None: not measured.
     """
     on_cluster: bool = False
-    """Whether a scheduler runs the steps: side by side where none needs the other, and an evaluation on one rank, not on all."""
+    """Whether a scheduler runs the steps: side by side where none needs the other, and an evaluation on one
+    rank, not on all.
+    """
     num_gpus: int | None = None
     """How many GPUs there can be; None: as many as are asked for, or none at all."""
     rank_bytes: int | None = None
@@ -32,7 +35,9 @@ class Capacity(NamedTuple):
 
     def limit(self, cluster: Cluster) -> int:
         """Bytes that one of the cluster's ranks may use."""
-        return self.own_bytes if self.own_bytes is not None else self.host_bytes * cluster.nodes // cluster.ranks
+        return (
+            self.own_bytes if self.own_bytes is not None else self.host_bytes * cluster.nodes // cluster.ranks
+        )
 
     @property
     def own_bytes(self) -> int | None:

@@ -1,4 +1,5 @@
-"""Submit an experiment's stages as jobs, through submitit: a chain on SLURM, or one after another on this machine.
+"""Submit an experiment's stages as jobs, through submitit: a chain on SLURM, or one after another on this
+machine.
 
 from launch import submit
 run = submit("configs/quickstart.yaml", ["forget.scale=0.5"], on="slurm")
@@ -33,7 +34,9 @@ from pipeline.stages import Plan, Step
 JOBS = "jobs.json"
 LOGS = "jobs"
 ATTEMPT = "flearn: attempt "
-"""Begins the first line of each attempt at a job in its standard error, which holds what the attempts before it wrote, too."""
+"""Begins the first line of each attempt at a job in its standard error, which holds what the attempts before
+it wrote, too.
+"""
 _LOCAL = "local:"
 _SECONDS_FOR_OTHERS = 60
 """How long to wait for another submission to this run, and for jobs that are just ending."""
@@ -47,11 +50,14 @@ class Submitted:
     jobs: dict[str, str]
 
 
-def submit(path: str | Path, overrides: Sequence[str] = (), on: Literal["local", "slurm"] = "slurm") -> Submitted:
+def submit(
+    path: str | Path, overrides: Sequence[str] = (), on: Literal["local", "slurm"] = "slurm"
+) -> Submitted:
     """Submit what is not yet done of the experiment at `path`. On `local` this returns when all is done.
 
-    A step that another submission to the same run has in the queue is waited for, not submitted twice.
-    Raises InputError for a mistake in the config or a submission that SLURM refuses; nothing is then left in the queue.
+    A step that another submission to the same run has in the queue is waited for, not submitted twice. Raises
+    InputError for a mistake in the config or a submission that SLURM refuses; nothing is then left in the
+    queue.
     """
     experiment = config.load(Path(path), list(overrides))
     plan = stages.plan(experiment)
@@ -59,12 +65,18 @@ def submit(path: str | Path, overrides: Sequence[str] = (), on: Literal["local",
         scheduler.require_controller()
     with exclusive(plan.run_dir, _SECONDS_FOR_OTHERS if on == "slurm" else 0):
         plan_path = write_plan(plan)
-        jobs = _Chain(plan, plan_path, experiment).submit() if on == "slurm" else _run_here(plan, plan_path, experiment)
+        jobs = (
+            _Chain(plan, plan_path, experiment).submit()
+            if on == "slurm"
+            else _run_here(plan, plan_path, experiment)
+        )
     return Submitted(plan.run_dir, jobs)
 
 
 def write_plan(plan: Plan) -> Path:
-    """Write the plan under a name of its own, since jobs of another plan of this run may still wait; returns its path."""
+    """Write the plan under a name of its own, since jobs of another plan of this run may still wait; returns
+    its path.
+    """
     last = next(reversed(plan.steps.values()))
     path = plan.run_dir / f"plan-{last.fingerprint}.json"
     for target in (path, plan.run_dir / PLAN):
@@ -83,11 +95,16 @@ def job_files(run_dir: Path, job: str | None, kind: Literal["out", "err"]) -> li
     if job is None:
         return []
     number = job.removeprefix(_LOCAL)
-    return sorted([*(run_dir / LOGS).glob(f"{number}_[0-9]*_log.{kind}")], key=lambda path: [int(n) for n in path.name.split("_")[:-1]])
+    return sorted(
+        [*(run_dir / LOGS).glob(f"{number}_[0-9]*_log.{kind}")],
+        key=lambda path: [int(n) for n in path.name.split("_")[:-1]],
+    )
 
 
 def scripts(experiment: Experiment, plan: Plan) -> Iterator[tuple[Step, str]]:
-    """The sbatch script of each step to do, as it would be submitted; a step to wait for stands for its job's id."""
+    """The sbatch script of each step to do, as it would be submitted; a step to wait for stands for its job's
+    id.
+    """
     chain = _Chain(plan, plan.run_dir / PLAN, experiment)
     chain.jobs = {step.id: f"<{step.id}>" for step in plan.pending()}
     for step in plan.pending():
@@ -148,17 +165,23 @@ class _Chain:
             parameters["dependency"] = "afterok:" + ":".join(waits)
             if self.site.kill_on_invalid_dependency:
                 parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
-        return executor(self.plan.run_dir / LOGS, self.site, job_name=f"{self.experiment.name}:{step.stage}", **parameters)
+        return executor(
+            self.plan.run_dir / LOGS, self.site, job_name=f"{self.experiment.name}:{step.stage}", **parameters
+        )
 
 
 def executor(folder: Path, site: Site, **parameters: Any) -> Any:
-    """submitit's executor for jobs of one shape (`place.parameters`); `folder` takes their scripts and what they print."""
+    """submitit's executor for jobs of one shape (`place.parameters`); `folder` takes their scripts and what
+    they print.
+    """
     import submitit
 
     try:
         made = submitit.SlurmExecutor(folder=folder, python=site.python)
     except RuntimeError:
-        raise InputError("no srun here: submit from a login node of a SLURM cluster, or use --on here") from None
+        raise InputError(
+            "no srun here: submit from a login node of a SLURM cluster, or use --on here"
+        ) from None
     made.update_parameters(**parameters)
     return made
 
@@ -172,7 +195,9 @@ def script(executor: Any, num_jobs: int = 1) -> str:
 
 
 def _settled(jobs: dict[str, str]) -> dict[str, scheduler.JobState]:
-    """By step, its job's state, once no job is on its way out any more: one such may end well, badly, or come again."""
+    """By step, its job's state, once no job is on its way out any more: one such may end well, badly, or come
+    again.
+    """
     deadline = time.monotonic() + _SECONDS_FOR_OTHERS
     while True:
         found = scheduler.states(jobs.values())
@@ -183,7 +208,9 @@ def _settled(jobs: dict[str, str]) -> dict[str, scheduler.JobState]:
 
 @contextmanager
 def own_environment() -> Iterator[None]:
-    """Without the variables of the job we may be inside of, which sbatch would take for options; SLURM_CONF stays."""
+    """Without the variables of the job we may be inside of, which sbatch would take for options; SLURM_CONF
+    stays.
+    """
     saved = dict(os.environ)
     for name in saved:
         if name.startswith(("SLURM_", "SBATCH_", "SRUN_")) and name != "SLURM_CONF":
@@ -204,7 +231,9 @@ def refusals(of: str) -> Iterator[None]:
             yield
     except (FailedJobError, FailedSubmissionError) as error:
         said = [line.strip() for line in str(error).splitlines() if "error:" in line]
-        raise InputError(f"SLURM refused the job of {of}: {'; '.join(said) or ' '.join(str(error).split())}") from None
+        raise InputError(
+            f"SLURM refused the job of {of}: {'; '.join(said) or ' '.join(str(error).split())}"
+        ) from None
 
 
 def _run_here(plan: Plan, plan_path: Path, experiment: Experiment) -> dict[str, str]:

@@ -47,7 +47,8 @@ def _refuse(message: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flearn", description="Update what a language model knows: forget old facts, then learn new ones."
+        prog="flearn",
+        description="Update what a language model knows: forget old facts, then learn new ones.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:

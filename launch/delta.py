@@ -31,14 +31,34 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_subtract(group: Any) -> None:
-    parser = group.add_parser("subtract", help="write base - L * (tuned - base); run again to go on after a kill")
-    parser.add_argument("--base", required=True, type=Path, metavar="SRC", help=f"what to subtract from: {SOURCE}")
-    parser.add_argument("--tuned", required=True, type=Path, metavar="SRC", help="the base after fine-tuning, or an adapter on it")
+    parser = group.add_parser(
+        "subtract", help="write base - L * (tuned - base); run again to go on after a kill"
+    )
+    parser.add_argument(
+        "--base", required=True, type=Path, metavar="SRC", help=f"what to subtract from: {SOURCE}"
+    )
+    parser.add_argument(
+        "--tuned",
+        required=True,
+        type=Path,
+        metavar="SRC",
+        help="the base after fine-tuning, or an adapter on it",
+    )
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-1 for an option
     parser.add_argument("--scale", required=True, type=float, metavar="L", help="the paper's lambda")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder for the result")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "same"], default="float32", help="how weights are stored")
-    parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest", help="to 16 bits; stochastic keeps the mean")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "same"],
+        default="float32",
+        help="how weights are stored",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=["nearest", "stochastic"],
+        default="nearest",
+        help="to 16 bits; stochastic keeps the mean",
+    )
     _add_writing(parser)
     parser.set_defaults(handler=_subtract)
 
@@ -51,7 +71,9 @@ def _add_inspect(group: Any) -> None:
 
 
 def _add_verify(group: Any) -> None:
-    parser = group.add_parser("verify", help="read a result again, and compare with its manifest and its inputs")
+    parser = group.add_parser(
+        "verify", help="read a result again, and compare with its manifest and its inputs"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that `flearn delta subtract` made")
     _add_reading(parser)
     parser.set_defaults(handler=_verify)
@@ -59,23 +81,45 @@ def _add_verify(group: Any) -> None:
 
 def _add_undo(group: Any) -> None:
     parser = group.add_parser("undo", help="get the base back from a float32 result and what was subtracted")
-    parser.add_argument("forgotten", type=Path, metavar="OUT", help="a folder that `flearn delta subtract` made")
+    parser.add_argument(
+        "forgotten", type=Path, metavar="OUT", help="a folder that `flearn delta subtract` made"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder for the base")
-    parser.add_argument("--tuned", type=Path, metavar="SRC", help="the tuned model or adapter (default: where the manifest says)")
+    parser.add_argument(
+        "--tuned",
+        type=Path,
+        metavar="SRC",
+        help="the tuned model or adapter (default: where the manifest says)",
+    )
     _add_writing(parser)
     parser.set_defaults(handler=_undo)
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
     """What decides where and how a result is written, never its bytes (but for the shards' size)."""
-    parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of one safetensors file (default 2GB)")
+    parser.add_argument(
+        "--max-shard-size", default="2GB", metavar="SIZE", help="of one safetensors file (default 2GB)"
+    )
     _add_reading(parser)
-    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="be the I-th of N workers on one shared folder")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="be the I-th of N workers on one shared folder",
+    )
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", default="256MiB", metavar="SIZE", help="the most to use besides Python itself (default 256MiB)")
-    parser.add_argument("--io", choices=["auto", "direct", "buffered"], default="auto", help="past or through the page cache")
+    parser.add_argument(
+        "--memory",
+        default="256MiB",
+        metavar="SIZE",
+        help="the most to use besides Python itself (default 256MiB)",
+    )
+    parser.add_argument(
+        "--io", choices=["auto", "direct", "buffered"], default="auto", help="past or through the page cache"
+    )
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -105,7 +149,9 @@ def _subtract(arguments: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
-    """At once, for what follows may take a while; and that is done, with its exit code, whether or not anybody reads the line."""
+    """At once, for what follows may take a while; and that is done, with its exit code, whether or not
+    anybody reads the line.
+    """
     with suppress(OSError):
         print(line, flush=True)
 
@@ -161,7 +207,9 @@ def _summary(outcome: Outcome, out: Path) -> str:
         return f"{out}: already done, nothing was written"
     manifest = outcome.manifest
     survival = manifest["survival"]
-    lines = [f"{out}: {decimal(manifest['num_bytes'])} in {_count(len(manifest['shards']), 'shard')}, {manifest['dtype']}"]
+    lines = [
+        f"{out}: {decimal(manifest['num_bytes'])} in {_count(len(manifest['shards']), 'shard')}, {manifest['dtype']}"
+    ]
     if survival["projection"] is not None and not manifest["recipe"].get("undoes"):
         lines.append(
             f"survival: {survival['share_changed']:.1%} of the weights changed; {survival['projection']:.1%} of the intended change"
@@ -177,14 +225,29 @@ def _count(number: int, noun: str) -> str:
 
 @contextmanager
 def _bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of bytes, bytes a second and time left, on a terminal, from the first progress on; nothing elsewhere."""
+    """A bar of bytes, bytes a second and time left, on a terminal, from the first progress on; nothing
+    elsewhere.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(description, total=None)
 

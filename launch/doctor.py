@@ -1,4 +1,6 @@
-"""`flearn doctor [CONFIG]`: what this machine or cluster lacks, and the memory, disk and time that each stage will want."""
+"""`flearn doctor [CONFIG]`: what this machine or cluster lacks, and the memory, disk and time that each stage
+will want.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,22 @@ _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 
 def add_parser(commands: Any) -> None:
     """Add `doctor` to the command line."""
-    parser = commands.add_parser("doctor", help="check this machine or cluster, and estimate what an experiment will want")
+    parser = commands.add_parser(
+        "doctor", help="check this machine or cluster, and estimate what an experiment will want"
+    )
     parser.add_argument("config", type=Path, nargs="?", help="the experiment's YAML")
-    on = "here: this machine (default); slurm: the cluster, by a job of a few seconds in a fine-tuning's shape"
+    on = (
+        "here: this machine (default); slurm: the cluster, by a job of a few seconds in a fine-tuning's shape"
+    )
     parser.add_argument("--on", choices=["here", "slurm"], default="here", help=on)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a field of the config")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a field of the config",
+    )
     memory = "estimate for GPUs of this memory, such as 80GB, instead of what is found"
     parser.add_argument("--gpu-memory", metavar="SIZE", help=memory)
     parser.set_defaults(handler=_doctor)
@@ -48,7 +61,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None = None) -> Iterator[Row]:
-    """Every finding, in the order they are shown. `gpu_bytes` is the memory of GPUs that are not there yet."""
+    """Every finding, in the order they are shown. `gpu_bytes` is the memory of GPUs that are not there
+    yet.
+    """
     from pipeline.config import Cluster
 
     cluster = experiment.cluster if experiment is not None else Cluster()
@@ -94,7 +109,10 @@ def inputs(experiment: Experiment | None) -> tuple[Path, ...]:
     if experiment is None:
         return ()
     facts = experiment.facts.path
-    named = [*(facts if isinstance(facts, list) else [facts]), resolve(experiment.model.path) if experiment.model.path else ""]
+    named = [
+        *(facts if isinstance(facts, list) else [facts]),
+        resolve(experiment.model.path) if experiment.model.path else "",
+    ]
     return tuple(Path(path) for path in named if Path(path).is_absolute())
 
 

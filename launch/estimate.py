@@ -1,23 +1,27 @@
 """How much memory, disk and time a stage will want, from the model's size and the settings alone.
 
-Bytes per parameter, with N ranks and w = 2 (bf16) or 4 (fp32); P = all parameters, T = the trained ones (P, or LoRA's):
+Bytes per parameter, with N ranks and w = 2 (bf16) or 4 (fp32); P = all parameters, T = the trained ones (P,
+or LoRA's):
 
-    weights           w P (ZeRO-3: w P / N, and the layers that are gathered at the moment)
-    gradients         ZeRO-1: w T;  ZeRO-2 and 3: w T / N;  with bf16 an fp32 copy of 4 T / N during the step
-    fp32 master, AdamW's two moments   12 T / N
-    buckets           reduce (twice with overlap_comm) and all-gather, w bytes an element, never larger than w T
-    activations       34 h bytes (bf16) per token and layer (Korthikanti et al. 2022, section 4.1, without the attention matrix,
-                      which SDPA does not keep); with gradient checkpointing w h per token and layer, and one layer in full
+    weights           w P (ZeRO-3: w P / N, and the layers that are gathered at the moment) gradients
+    ZeRO-1: w T;  ZeRO-2 and 3: w T / N;  with bf16 an fp32 copy of 4 T / N during the step fp32 master,
+    AdamW's two moments   12 T / N buckets           reduce (twice with overlap_comm) and all-gather, w bytes
+    an element, never larger than w T activations       34 h bytes (bf16) per token and layer (Korthikanti et
+    al. 2022, section 4.1, without the attention matrix,
+                      which SDPA does not keep); with gradient checkpointing w h per token and layer, and one
+                      layer in full
     logits            (w + 8) V bytes per answer token
     the process       0.6 GB: Python, torch, transformers and DeepSpeed, or a CUDA context
 
-An evaluation holds the weights, keys and values of a batch of questions, and 8 V bytes of logits per answer token.
+An evaluation holds the weights, keys and values of a batch of questions, and 8 V bytes of logits per answer
+token.
 
-A checkpoint holds 12 bytes per trained parameter, the last one of a training 4 (its moments are left out), and w T for the
-module at stages 1 and 2. While one replaces another there are two; a training shorter than `checkpoint_every_steps` has but
-its last, unless it is stopped. Time is 6 P floating-point operations per token of
-full fine-tuning (8 P with gradient checkpointing), 4 P of LoRA (6 P), 2 P of evaluation: computing alone, without the ranks'
-messages and the disk. All of it is meant to be right within a factor of two or so, not more.
+A checkpoint holds 12 bytes per trained parameter, the last one of a training 4 (its moments are left out),
+and w T for the module at stages 1 and 2. While one replaces another there are two; a training shorter than
+`checkpoint_every_steps` has but its last, unless it is stopped. Time is 6 P floating-point operations per
+token of full fine-tuning (8 P with gradient checkpointing), 4 P of LoRA (6 P), 2 P of evaluation: computing
+alone, without the ranks' messages and the disk. All of it is meant to be right within a factor of two or so,
+not more.
 """
 
 from __future__ import annotations
@@ -82,7 +86,9 @@ def zero_stage(training: Training) -> int:
 
 
 def num_trained(shape: Shape, training: Training) -> int:
-    """Parameters that are trained. LoRA: rank x (in + out) of two square matrices a layer, the paper's query and value."""
+    """Parameters that are trained. LoRA: rank x (in + out) of two square matrices a layer, the paper's query
+    and value.
+    """
     if isinstance(training, LoraTraining):
         matrices = len(training.target_modules or ("query", "value"))
         return shape.num_layers * matrices * training.rank * 2 * shape.hidden_size
@@ -97,7 +103,9 @@ def training_memory(shape: Shape, training: Training, ranks: int, record_tokens:
     weights = width * shape.num_parameters // (ranks if stage == 3 else 1)
     gradients = width * trained // (ranks if stage >= 2 else 1) + (4 * trained // ranks if width == 2 else 0)
     optimizer = 12 * trained // (ranks if stage >= 1 else 1)
-    working = PROCESS_BYTES + _buckets(shape, training, trained) + _activations(shape, training, record_tokens)
+    working = (
+        PROCESS_BYTES + _buckets(shape, training, trained) + _activations(shape, training, record_tokens)
+    )
     if stage == 3:
         working += width * min(shape.num_parameters, _zero(training, "stage3_max_live_parameters", 10**9))
     return Memory(weights, gradients, optimizer, working)
@@ -106,7 +114,14 @@ def training_memory(shape: Shape, training: Training, ranks: int, record_tokens:
 def evaluation_memory(shape: Shape, settings: Evaluate, record_tokens: int) -> tuple[int, int]:
     """What one rank of an evaluation holds: weights, and what works on them."""
     width = 2 if settings.precision == "bf16" else 4
-    cache = 2 * width * shape.num_layers * shape.hidden_size * settings.batch_size * (record_tokens + settings.max_new_tokens)
+    cache = (
+        2
+        * width
+        * shape.num_layers
+        * shape.hidden_size
+        * settings.batch_size
+        * (record_tokens + settings.max_new_tokens)
+    )
     logits = 8 * shape.vocab_size * settings.batch_size * ANSWER_TOKENS
     return width * shape.num_parameters, PROCESS_BYTES + cache + logits
 
@@ -119,12 +134,16 @@ def num_records(training: Training, data: Data) -> int:
 
 def checkpoint_bytes(shape: Shape, training: Training, with_moments: bool = True) -> int:
     """One checkpoint, over all ranks together; the last one of a training is without moments."""
-    return checkpoint.num_bytes(num_trained(shape, training), training.precision, zero_stage(training), with_moments)
+    return checkpoint.num_bytes(
+        num_trained(shape, training), training.precision, zero_stage(training), with_moments
+    )
 
 
 def training_flops(shape: Shape, training: Training, num_tokens: int) -> float:
     """Floating-point operations of a fine-tuning that sees `num_tokens` tokens an epoch."""
-    per_parameter = (4 if isinstance(training, LoraTraining) else 6) + (2 if training.gradient_checkpointing else 0)
+    per_parameter = (4 if isinstance(training, LoraTraining) else 6) + (
+        2 if training.gradient_checkpointing else 0
+    )
     return per_parameter * float(shape.num_parameters) * num_tokens * training.epochs
 
 

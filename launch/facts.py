@@ -9,7 +9,9 @@ from typing import Any
 
 def add_parser(commands: Any) -> None:
     """Add `facts` to the command line."""
-    group = commands.add_parser("facts", help="look at files of facts").add_subparsers(required=True, metavar="ACTION")
+    group = commands.add_parser("facts", help="look at files of facts").add_subparsers(
+        required=True, metavar="ACTION"
+    )
     inspect = group.add_parser("inspect", help="format, counts, conflicts and bad rows of a file of facts")
     inspect.add_argument("path", help="a JSON or JSON lines file, or a hub data set id")
     inspect.add_argument("--format", default="auto", help="the schema's name; auto: detect it (default)")

@@ -34,18 +34,26 @@ def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
         return
     shape = shape_of(experiment.model)
     if isinstance(shape, str):
-        yield Row("estimates", "warn", f"none: {shape}", "fetch the model first, or give a local folder: --set model.path=...")
+        yield Row(
+            "estimates",
+            "warn",
+            f"none: {shape}",
+            "fetch the model first, or give a local folder: --set model.path=...",
+        )
         return
     data = read_data(plan, experiment)
     yield _experiment_row(experiment, shape, data)
-    needs = [_need(experiment.cluster, step, shape, data, capacity) for step in pending if step.stage in _ESTIMATED]
+    needs = [
+        _need(experiment.cluster, step, shape, data, capacity) for step in pending if step.stage in _ESTIMATED
+    ]
     yield from _merged(needs)
     yield storage.disk_row(pending, shape, data, capacity)
     yield _time_row(needs, capacity)
 
 
 def shape_of(model: Model) -> Shape | str:
-    """The model's shape from its config alone, or why that is not known. Reads the local hub cache, or the hub.
+    """The model's shape from its config alone, or why that is not known. Reads the local hub cache, or the
+    hub.
 
     Raises InputError for a config that no model can be made of.
     """
@@ -76,17 +84,32 @@ def shape_of(model: Model) -> Shape | str:
 
 
 def _measured(module: Any, config: PretrainedConfig) -> Shape:
-    return Shape(sum(p.numel() for p in module.parameters()), config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    return Shape(
+        sum(p.numel() for p in module.parameters()),
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.vocab_size,
+    )
 
 
 def read_data(plan: Plan, experiment: Experiment) -> Data:
-    """Counts of the facts that will be trained on, from the facts stage if it is done, else from the file (before filtering)."""
+    """Counts of the facts that will be trained on, from the facts stage if it is done, else from the file
+    (before filtering).
+    """
     from pipeline.facts.fact import read_facts
     from pipeline.facts.read import read
 
-    done = [plan.artifact(step).folder for step in plan.steps.values() if step.stage == "facts" and plan.artifact(step).is_complete]
+    done = [
+        plan.artifact(step).folder
+        for step in plan.steps.values()
+        if step.stage == "facts" and plan.artifact(step).is_complete
+    ]
     settings = experiment.facts
-    facts = list(read_facts(done[0] / "facts.jsonl")) if done else read(settings.path, settings.format, settings.old_answer).facts
+    facts = (
+        list(read_facts(done[0] / "facts.jsonl"))
+        if done
+        else read(settings.path, settings.format, settings.old_answer).facts
+    )
     facts = facts[: settings.limit]
     if not facts:
         raise InputError(f"facts.path: no facts in {settings.path}")
@@ -94,7 +117,9 @@ def read_data(plan: Plan, experiment: Experiment) -> Data:
     template = _TEMPLATE_TOKENS.get(experiment.prompt.template, _OTHER_TEMPLATE_TOKENS)
     locality = sum(len(fact.locality) for fact in facts) / len(facts)
     related = sum(1 + len(fact.rephrasings) + len(fact.portability) for fact in facts) / len(facts)
-    return Data(len(facts), round(characters / _CHARACTERS_PER_TOKEN) + template + 2, locality, locality + related)
+    return Data(
+        len(facts), round(characters / _CHARACTERS_PER_TOKEN) + template + 2, locality, locality + related
+    )
 
 
 def _experiment_row(experiment: Experiment, shape: Shape, data: Data) -> Row:
@@ -126,7 +151,15 @@ class Need(NamedTuple):
 def _need(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
     if step.stage == "forget":
         whose = f"of the {size(capacity.host_bytes)} that are free on the host"
-        return Need(step, estimate.PROCESS_BYTES, capacity.host_bytes, whose, 0, "at most, however large the model is", "")
+        return Need(
+            step,
+            estimate.PROCESS_BYTES,
+            capacity.host_bytes,
+            whose,
+            0,
+            "at most, however large the model is",
+            "",
+        )
     if step.stage == "evaluate":
         return _evaluation(cluster, step, shape, data, capacity)
     return _training(cluster, step, shape, data, capacity)
@@ -136,7 +169,9 @@ def _training(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: 
     training, limit = estimate.training_of(step), capacity.limit(cluster)
     memory = estimate.training_memory(shape, training, cluster.ranks, data.record_tokens)
     tokens = estimate.num_records(training, data) * data.record_tokens
-    seconds = estimate.training_flops(shape, training, tokens) / capacity.rate(training.precision, cluster.ranks)
+    seconds = estimate.training_flops(shape, training, tokens) / capacity.rate(
+        training.precision, cluster.ranks
+    )
     detail = ", ".join(f"{name} {size(value)}" for name, value in memory._asdict().items())
     advice = remedy.training_remedy(step, shape, training, cluster, data, capacity)
     return Need(step, memory.total, limit, f"a rank of {size(limit)}", seconds, detail, advice)
@@ -145,8 +180,17 @@ def _training(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: 
 def _evaluation(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
     settings, limit = Evaluate.model_validate(step.section["evaluate"]), capacity.limit(cluster)
     weights, working = estimate.evaluation_memory(shape, settings, data.record_tokens)
-    seen = data.num_facts * data.questions * (data.record_tokens * len(settings.protocols) + settings.max_new_tokens)
-    seconds = 2.0 * shape.num_parameters * seen / capacity.rate(settings.precision, 1 if capacity.on_cluster else cluster.ranks)
+    seen = (
+        data.num_facts
+        * data.questions
+        * (data.record_tokens * len(settings.protocols) + settings.max_new_tokens)
+    )
+    seconds = (
+        2.0
+        * shape.num_parameters
+        * seen
+        / capacity.rate(settings.precision, 1 if capacity.on_cluster else cluster.ranks)
+    )
     advice = remedy.evaluation_remedy(shape, settings, cluster, data, capacity)
     detail = f"weights {size(weights)}, working {size(working)}"
     return Need(step, weights + working, limit, f"a rank of {size(limit)}", seconds, detail, advice)
@@ -161,10 +205,19 @@ def _merged(needs: list[Need]) -> Iterator[Row]:
         need = group[0]
         methods = dict.fromkeys(method for one in group for method in one.step.methods)
         name = f"{len(group)} x {need.step.stage}" if len(group) > 1 else need.step.stage
-        time = f"; computes for about {duration(need.seconds)}{' each' if len(group) > 1 else ''}" if need.seconds else ""
+        time = (
+            f"; computes for about {duration(need.seconds)}{' each' if len(group) > 1 else ''}"
+            if need.seconds
+            else ""
+        )
         state = state_of(need.memory_bytes, need.limit)
         detail = f"{size(need.memory_bytes)} {need.whose} ({need.detail}){time}"
-        yield Row(f"{name} ({', '.join(methods)})" if methods else name, state, detail, need.advice if state != "ok" else "")
+        yield Row(
+            f"{name} ({', '.join(methods)})" if methods else name,
+            state,
+            detail,
+            need.advice if state != "ok" else "",
+        )
 
 
 def _time_row(needs: list[Need], capacity: Capacity) -> Row:

@@ -21,9 +21,11 @@ _GRACE_SECONDS = 1.0
 
 
 def run(plan: Path, ranks: int, lock: int) -> int:
-    """Run the pending steps of the plan file with `ranks` processes; returns the exit code of the first that failed, or 0.
+    """Run the pending steps of the plan file with `ranks` processes; returns the exit code of the first that
+    failed, or 0.
 
-    `lock` is a descriptor that the processes inherit. A signal asks them to save and stop; the code is then 128 + its number.
+    `lock` is a descriptor that the processes inherit. A signal asks them to save and stop; the code is then
+    128 + its number.
     """
     port = _free_port()
     received: list[int] = []
@@ -31,7 +33,9 @@ def run(plan: Path, ranks: int, lock: int) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    previous = {
+        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    }
     processes = [_start(plan, rank, ranks, port, lock) for rank in range(ranks)]
     try:
         code = _wait(processes, received, plan.parent)
@@ -40,7 +44,9 @@ def run(plan: Path, ranks: int, lock: int) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if code == STOPPED:
-        print("flearn: stopped; what is done is kept, and the same command goes on from there", file=sys.stderr)
+        print(
+            "flearn: stopped; what is done is kept, and the same command goes on from there", file=sys.stderr
+        )
         return 128 + received[0] if received else STOPPED
     return code
 
@@ -115,17 +121,26 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], run_dir
 def _culprit(failed: dict[int, int], run_dir: Path) -> int:
     """The exit code to report, and the end of the failed rank's log if it did not have the terminal.
 
-    A rank that lost its peer fails too, a moment later. A code of our own (a mistake, a stop) explains more than such a
-    crash, and so does a signal.
+    A rank that lost its peer fails too, a moment later. A code of our own (a mistake, a stop) explains more
+    than such a crash, and so does a signal.
     """
-    rank, code = min(failed.items(), key=lambda item: (item[1] not in (MISTAKE, STOPPED), item[1] > 0, item[0]))
+    rank, code = min(
+        failed.items(), key=lambda item: (item[1] not in (MISTAKE, STOPPED), item[1] > 0, item[0])
+    )
     if code > 0 and code != STOPPED and rank != 0:
         lines = log_of_rank(run_dir, rank).read_text(encoding="utf-8", errors="replace").splitlines()
         own = [line for line in lines if line.startswith("flearn: ")]
-        shown = own[-1:] if code == MISTAKE and own else [f"flearn: rank {rank} failed; the end of its log:", *lines[-20:]]
+        shown = (
+            own[-1:]
+            if code == MISTAKE and own
+            else [f"flearn: rank {rank} failed; the end of its log:", *lines[-20:]]
+        )
         print("\n".join(shown), file=sys.stderr)
     if code < 0:
-        print(f"flearn: rank {rank} was killed by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
+        print(
+            f"flearn: rank {rank} was killed by signal {-code} ({signal.Signals(-code).name})",
+            file=sys.stderr,
+        )
         return 128 - code
     return code
 

@@ -17,7 +17,8 @@ from pipeline.stages import Plan
 
 @dataclass(frozen=True)
 class StageJob:
-    """A picklable callable for submitit. It holds no state of its own: whatever was done lies in the step's folder.
+    """A picklable callable for submitit. It holds no state of its own: whatever was done lies in the step's
+    folder.
 
     `part` is (index, number of parts) for a worker of an array that shares one subtraction, else None.
     """
@@ -45,14 +46,20 @@ def _publish(plan: Plan, step: str) -> None:
     """Put a finished report at the top of the run's folder, if it is of the plan that was submitted last."""
     from launch import report
 
-    if plan.steps[step].stage == "report" and plan.artifact(plan.steps[step]).is_complete and step in read_plan(plan.run_dir).steps:
+    if (
+        plan.steps[step].stage == "report"
+        and plan.artifact(plan.steps[step]).is_complete
+        and step in read_plan(plan.run_dir).steps
+    ):
         report.publish(plan)
 
 
 def export_ranks() -> None:
-    """torch's env:// variables from the scheduler's. Nothing else tells DeepSpeed its rank: no ssh, hostfile or mpi4py.
+    """torch's env:// variables from the scheduler's. Nothing else tells DeepSpeed its rank: no ssh, hostfile
+    or mpi4py.
 
-    CUDA_VISIBLE_DEVICES stays as it is: a rank takes the GPU of its local rank, or the only one that it can see.
+    CUDA_VISIBLE_DEVICES stays as it is: a rank takes the GPU of its local rank, or the only one that it can
+    see.
     """
     import submitit
 
@@ -69,7 +76,9 @@ def export_ranks() -> None:
 
 
 def _port(job_id: str, num_tasks: int) -> int:
-    """A port that all tasks agree on, below the ephemeral range (32768 and up); any free one for a single task."""
+    """A port that all tasks agree on, below the ephemeral range (32768 and up); any free one for a single
+    task.
+    """
     if num_tasks == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -79,10 +88,11 @@ def _port(job_id: str, num_tasks: int) -> int:
 
 
 def come_back(plan: Plan, step: str, part: tuple[int, int] | None) -> None:
-    """Ask SLURM for another turn under the same job id, whatever signal it was that stopped us: time limit or preemption.
+    """Ask SLURM for another turn under the same job id, whatever signal it was that stopped us: time limit or
+    preemption.
 
-    The other ranks wait for this, or their exit would be taken for the job's end. Where it cannot be had, the step has failed:
-    `flearn status` says so, and what to do.
+    The other ranks wait for this, or their exit would be taken for the job's end. Where it cannot be had, the
+    step has failed: `flearn status` says so, and what to do.
     """
     problem = scheduler.come_back()
     if problem is not None:

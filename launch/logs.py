@@ -16,7 +16,12 @@ def add_parser(commands: Any) -> None:
     """Add `logs` to the command line."""
     logs = commands.add_parser("logs", help="what a stage of a run said")
     logs.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    logs.add_argument("stage", nargs="?", metavar="STAGE", help="a step's id or its beginning; without it, the last one that ran")
+    logs.add_argument(
+        "stage",
+        nargs="?",
+        metavar="STAGE",
+        help="a step's id or its beginning; without it, the last one that ran",
+    )
     logs.set_defaults(handler=_logs)
 
 
@@ -29,9 +34,17 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _files(plan: Plan, step: Step) -> list[Path]:
-    """The ranks' logs, and what the step's job wrote to its standard error (srun's and SLURM's own words are there)."""
-    ranks = sorted(plan.artifact(step).folder.glob("rank*.log"), key=lambda path: int(path.stem.removeprefix("rank")))
-    return ranks + [path for path in job_files(plan.run_dir, read_jobs(plan.run_dir).get(step.id), "err") if path.stat().st_size]
+    """The ranks' logs, and what the step's job wrote to its standard error (srun's and SLURM's own words are
+    there).
+    """
+    ranks = sorted(
+        plan.artifact(step).folder.glob("rank*.log"), key=lambda path: int(path.stem.removeprefix("rank"))
+    )
+    return ranks + [
+        path
+        for path in job_files(plan.run_dir, read_jobs(plan.run_dir).get(step.id), "err")
+        if path.stat().st_size
+    ]
 
 
 def _find(plan: Plan, stage: str | None) -> Step:
@@ -43,5 +56,7 @@ def _find(plan: Plan, stage: str | None) -> Step:
     matching = [id for id in started if id.startswith(stage)]
     if len(matching) != 1:
         ids = ", ".join(matching or started)
-        raise InputError(f"{stage}: {len(matching)} steps of {plan.run_dir} with a log begin so; name one of: {ids}")
+        raise InputError(
+            f"{stage}: {len(matching)} steps of {plan.run_dir} with a log begin so; name one of: {ids}"
+        )
     return plan.steps[matching[0]]

@@ -1,4 +1,6 @@
-"""How a worker tells those who started it how it ended: its exit code, and a file in the failed step's folder."""
+"""How a worker tells those who started it how it ended: its exit code, and a file in the failed step's
+folder.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ STOPPED = 75
 """Asked to stop, saved, and willing to go on (sysexits.h: EX_TEMPFAIL)."""
 
 ERRORS = "error*.json"
-"""Why a step, or a part of it, failed: {"rank", "message", "log", "attempt"}; gone once it succeeds, or is submitted again."""
+"""Why a step, or a part of it, failed: {"rank", "message", "log", "attempt"}; gone once it succeeds, or is
+submitted again.
+"""
 
 
 def error_file(folder: Path, part: tuple[int, int] | None) -> Path:

@@ -20,7 +20,9 @@ SHAPES: dict[str, Shape] = {
     "evaluate": "gpu",
     "report": "cpu",
 }
-"""ranks: all ranks, a GPU each; gpu: one process with one; cpu: one without; parts: an array of processes without."""
+"""ranks: all ranks, a GPU each; gpu: one process with one; cpu: one without; parts: an array of processes
+without.
+"""
 
 
 def parameters(stage: str, cluster: Cluster, site: Site) -> dict[str, Any]:
@@ -39,9 +41,14 @@ def parameters(stage: str, cluster: Cluster, site: Site) -> dict[str, Any]:
         "qos": site.qos,
         "mem": _memory(site, tasks),
         "setup": site.setup or None,
-        # srun of 22.05 and later does not take over the job's --cpus-per-task; a dead rank must end the others.
+        # srun of 22.05 and later does not take over the job's --cpus-per-task; a dead rank must end the
+        # others.
         "srun_args": [f"--cpus-per-task={site.cpus_per_rank}", "--kill-on-bad-exit=1", *site.srun_args],
-        "additional_parameters": {"requeue": True, **site.sbatch, **(_gpus(site, tasks) if wants_gpu else {})},
+        "additional_parameters": {
+            "requeue": True,
+            **site.sbatch,
+            **(_gpus(site, tasks) if wants_gpu else {}),
+        },
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -64,4 +71,6 @@ def _gpus(site: Site, tasks: int) -> dict[str, Any]:
     kind = f"{site.gpu_type}:" if site.gpu_type else ""
     if site.gpus == "gres":
         return {"gres": f"gpu:{kind}{tasks}"}
-    return {"gpus-per-node": f"{kind}{tasks}"} if site.gpus == "gpus-per-node" else {"gpus-per-task": f"{kind}1"}
+    return (
+        {"gpus-per-node": f"{kind}{tasks}"} if site.gpus == "gpus-per-node" else {"gpus-per-task": f"{kind}1"}
+    )

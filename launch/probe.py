@@ -1,4 +1,5 @@
-"""What a cluster's nodes see and do: a small job in the shape of a fine-tuning's, each of whose ranks leaves a report.
+"""What a cluster's nodes see and do: a small job in the shape of a fine-tuning's, each of whose ranks leaves
+a report.
 
 `flearn doctor --on slurm` submits it; `launch/cluster_check.py` judges the reports.
 """
@@ -66,7 +67,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Probe:
-    """A picklable callable for submitit: look around, join the other ranks, wait for a signal. `folder` takes the reports."""
+    """A picklable callable for submitit: look around, join the other ranks, wait for a signal. `folder` takes
+    the reports.
+    """
 
     folder: Path
     inputs: tuple[Path, ...]
@@ -113,7 +116,9 @@ def look(rank: int, folder: Path, inputs: tuple[Path, ...]) -> Report:
 def _host_bytes() -> int:
     """Free memory, or the job's share of the node's, if that is less."""
     mebibytes = int(os.environ.get("SLURM_MEM_PER_NODE", 0))
-    mebibytes = mebibytes or int(os.environ.get("SLURM_MEM_PER_CPU", 0)) * int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    mebibytes = mebibytes or int(os.environ.get("SLURM_MEM_PER_CPU", 0)) * int(
+        os.environ.get("SLURM_CPUS_ON_NODE", 0)
+    )
     free = machine.host_memory_bytes()
     return min(free, mebibytes << 20) if mebibytes else free
 
@@ -159,9 +164,11 @@ class Probed:
 
 @contextmanager
 def run(cluster: Cluster, site: Site, inputs: tuple[Path, ...]) -> Iterator[Probed]:
-    """Submit the probe, wait for its end, and hand out what was found; its folder is then deleted, unless the job failed.
+    """Submit the probe, wait for its end, and hand out what was found; its folder is then deleted, unless the
+    job failed.
 
-    Raises InputError if SLURM refuses the job, or there is no folder to write in. An interruption cancels the job, and leaves nothing.
+    Raises InputError if SLURM refuses the job, or there is no folder to write in. An interruption cancels the
+    job, and leaves nothing.
     """
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     folder = runs_dir / f".doctor-{os.uname().nodename}-{os.getpid()}"
@@ -169,10 +176,17 @@ def run(cluster: Cluster, site: Site, inputs: tuple[Path, ...]) -> Iterator[Prob
     try:
         folder.mkdir(parents=True)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"cannot write in {runs_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours") from None
+        raise InputError(
+            f"cannot write in {runs_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours"
+        ) from None
     probed, failed = Probed(cluster, site, folder), False
     try:
-        executor = chain.executor(folder, site, job_name="flearn:doctor", **place.parameters("teach", cluster, site) | {"time": _MINUTES})
+        executor = chain.executor(
+            folder,
+            site,
+            job_name="flearn:doctor",
+            **place.parameters("teach", cluster, site) | {"time": _MINUTES},
+        )
         with chain.own_environment(), chain.refusals("the probe"):
             probed.job = executor.submit(Probe(folder, inputs)).job_id
         _follow(probed)
@@ -207,7 +221,11 @@ def _follow(probed: Probed) -> None:
         if state.state == "PENDING" and state.reason not in (told, "None"):
             told = state.reason
             print(f"flearn: job {probed.job} waits for its turn: {told}", file=sys.stderr, flush=True)
-        if len(probed.reports) == probed.cluster.ranks and all(report.num_seen for report in probed.reports) and not asked:
+        if (
+            len(probed.reports) == probed.cluster.ranks
+            and all(report.num_seen for report in probed.reports)
+            and not asked
+        ):
             asked = scheduler.signal(probed.job)
         if state.state == "RUNNING":
             started = started or time.monotonic()
@@ -215,7 +233,11 @@ def _follow(probed: Probed) -> None:
                 break
         time.sleep(_POLL_SECONDS)
     deadline = time.monotonic() + _SECONDS_FOR_FILES
-    while probed.state == "COMPLETED" and not all(report.signalled for report in probed.reports) and time.monotonic() < deadline:
+    while (
+        probed.state == "COMPLETED"
+        and not all(report.signalled for report in probed.reports)
+        and time.monotonic() < deadline
+    ):
         time.sleep(_POLL_SECONDS)
         probed.reports = _read(probed.folder)
 

@@ -1,4 +1,6 @@
-"""What to change where a stage's memory does not suffice: the first of a few changes of settings with which it would."""
+"""What to change where a stage's memory does not suffice: the first of a few changes of settings with which
+it would.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ _MOST_RANKS = 64
 _SMALL_BATCH = 4
 
 
-def training_remedy(step: Step, shape: Shape, training: Training, cluster: Cluster, data: Data, capacity: Capacity) -> str:
-    """The change that makes a fine-tuning fit, as `--set` options: memory saved at the cost of time, else ZeRO-3, else more GPUs."""
+def training_remedy(
+    step: Step, shape: Shape, training: Training, cluster: Cluster, data: Data, capacity: Capacity
+) -> str:
+    """The change that makes a fine-tuning fit, as `--set` options: memory saved at the cost of time, else
+    ZeRO-3, else more GPUs.
+    """
     section = "lora" if isinstance(training, LoraTraining) else "teach" if step.stage == "teach" else "full"
     more = _more_ranks(cluster, capacity) if capacity.device_bytes is not None or capacity.on_cluster else []
     for tried in (cluster, *_fewer_ranks(cluster, capacity), *more):
@@ -45,7 +51,11 @@ def _more_ranks(cluster: Cluster, capacity: Capacity) -> Iterator[Cluster]:
 
 
 def _cluster_options(tried: Cluster, cluster: Cluster) -> list[str]:
-    return [f"cluster.{name}={getattr(tried, name)}" for name in ("ranks", "nodes") if getattr(tried, name) != getattr(cluster, name)]
+    return [
+        f"cluster.{name}={getattr(tried, name)}"
+        for name in ("ranks", "nodes")
+        if getattr(tried, name) != getattr(cluster, name)
+    ]
 
 
 def _advice(options: list[str], ranks: int, capacity: Capacity) -> str:
@@ -58,7 +68,10 @@ def _advice(options: list[str], ranks: int, capacity: Capacity) -> str:
 def _changes(training: Training, section: str) -> Iterator[tuple[Training, list[str]]]:
     saving = {"gradient_checkpointing": True, "micro_batch_size": 1}
     save_options = [f"{section}.gradient_checkpointing=true", f"{section}.micro_batch_size=1"]
-    zero3 = {"deepspeed": training.deepspeed | {"zero_optimization": training.deepspeed["zero_optimization"] | {"stage": 3}}}
+    zero3 = {
+        "deepspeed": training.deepspeed
+        | {"zero_optimization": training.deepspeed["zero_optimization"] | {"stage": 3}}
+    }
     zero3_options = [f"{section}.deepspeed.zero_optimization.stage=3"]
     yield training, []
     yield training.model_copy(update=saving), save_options
@@ -66,15 +79,25 @@ def _changes(training: Training, section: str) -> Iterator[tuple[Training, list[
     yield training.model_copy(update=saving | zero3), [*save_options, *zero3_options]
 
 
-def evaluation_remedy(shape: Shape, settings: Evaluate, cluster: Cluster, data: Data, capacity: Capacity) -> str:
-    """The change that makes an evaluation fit, as `--set` options: a smaller batch, else fewer ranks on a host, else bf16."""
+def evaluation_remedy(
+    shape: Shape, settings: Evaluate, cluster: Cluster, data: Data, capacity: Capacity
+) -> str:
+    """The change that makes an evaluation fit, as `--set` options: a smaller batch, else fewer ranks on a
+    host, else bf16.
+    """
     precisions = dict.fromkeys([settings.precision, "bf16"])
     sizes = dict.fromkeys([settings.batch_size, min(_SMALL_BATCH, settings.batch_size)])
     for precision, tried, size in product(precisions, [cluster, *_fewer_ranks(cluster, capacity)], sizes):
         changes = {"batch_size": size, "precision": precision}
-        needed = sum(estimate.evaluation_memory(shape, settings.model_copy(update=changes), data.record_tokens))
+        needed = sum(
+            estimate.evaluation_memory(shape, settings.model_copy(update=changes), data.record_tokens)
+        )
         if fits(needed, capacity.limit(tried)):
-            options = [f"evaluate.{name}={value}" for name, value in changes.items() if value != getattr(settings, name)]
+            options = [
+                f"evaluate.{name}={value}"
+                for name, value in changes.items()
+                if value != getattr(settings, name)
+            ]
             warning = " (bf16 rounds a small subtraction away)" if precision != settings.precision else ""
             return _advice(options + _cluster_options(tried, cluster), 1, capacity) + warning
     return "no setting makes it fit here: a GPU with more memory, or a smaller model"

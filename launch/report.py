@@ -1,4 +1,6 @@
-"""`flearn report`: rebuild a run's results.json and report.html; and how `flearn run` publishes and shows them."""
+"""`flearn report`: rebuild a run's results.json and report.html; and how `flearn run` publishes and shows
+them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def _report(arguments: argparse.Namespace) -> int:
     plan = read_plan(arguments.run_dir)
     missing = [step.id for step in plan.pending() if step.stage != "report"]
     if missing:
-        raise InputError(f"{plan.run_dir}: {len(missing)} steps have not finished ({missing[0]}, ...); run the experiment again first")
+        raise InputError(
+            f"{plan.run_dir}: {len(missing)} steps have not finished ({missing[0]}, ...); run the experiment again first"
+        )
     step = _report_step(plan)
     with exclusive(plan.run_dir):
         plan.artifact(step).retract()

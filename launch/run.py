@@ -22,7 +22,9 @@ from pipeline.stages import Plan
 PLAN = "plan.json"
 LOCK = ".lock"
 ALLOCATION = "FLEARN_ALLOCATION"
-"""Set by slurm/single_allocation.sh: this command is one task of a job that does nothing else, and may ask for another turn of it."""
+"""Set by slurm/single_allocation.sh: this command is one task of a job that does nothing else, and may ask
+for another turn of it.
+"""
 _ON = "here: processes of this machine (default); slurm: a chain of jobs; local: the same jobs on this machine, one after another"
 
 
@@ -32,7 +34,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("config", type=Path, help="the experiment's YAML")
     parser.add_argument("--on", choices=["here", "local", "slurm"], default="here", help=_ON)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a field, such as forget.scale=0.5"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a field, such as forget.scale=0.5",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.set_defaults(handler=_run)
@@ -73,7 +80,9 @@ def _submit(arguments: argparse.Namespace) -> int:
     else:
         for step, job in submitted.jobs.items():
             print(f"  job {job:<10} {step}")
-        print(f"{submitted.run_dir}: {len(submitted.jobs)} jobs; see how far they are with: flearn status {submitted.run_dir}")
+        print(
+            f"{submitted.run_dir}: {len(submitted.jobs)} jobs; see how far they are with: flearn status {submitted.run_dir}"
+        )
     return 0
 
 
@@ -106,7 +115,9 @@ def _is_one_rank() -> bool:
 
 
 def _run_as_rank(plan: Plan) -> int:
-    """Be one rank among those that torchrun or srun started with this same command, perhaps on several machines."""
+    """Be one rank among those that torchrun or srun started with this same command, perhaps on several
+    machines.
+    """
     from launch import job, report, worker
 
     is_main = os.environ["RANK"] == "0"
@@ -129,7 +140,9 @@ def describe(plan: Plan) -> str:
     width = max(len(id) for id in plan.steps)
     lines = [f"{plan.run_dir}: {len(plan.steps)} steps, {len(pending)} to do"]
     for step in plan.steps.values():
-        lines.append(f"  {'to do' if step.id in pending else 'done '}  {step.id:<{width}}  {', '.join(step.methods) or 'all methods'}")
+        lines.append(
+            f"  {'to do' if step.id in pending else 'done '}  {step.id:<{width}}  {', '.join(step.methods) or 'all methods'}"
+        )
     return "\n".join(lines)
 
 
@@ -151,7 +164,8 @@ def lock(descriptor: int, seconds: float) -> bool:
 
 @contextmanager
 def exclusive(run_dir: Path, seconds: float = 0) -> Iterator[int]:
-    """Hold the run's lock; yields its descriptor, which child processes inherit and so keep for as long as one lives.
+    """Hold the run's lock; yields its descriptor, which child processes inherit and so keep for as long as
+    one lives.
 
     The lock's file says who holds it: host and process id. Others are given `seconds` to finish.
     Raises InputError if another run is at work in the same folder.
@@ -160,7 +174,9 @@ def exclusive(run_dir: Path, seconds: float = 0) -> Iterator[int]:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"cannot write in {run_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours") from None
+        raise InputError(
+            f"cannot write in {run_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours"
+        ) from None
     if not lock(descriptor, seconds):
         os.close(descriptor)
         raise InputError(f"{run_dir}: another run is at work here; wait for it, or use --set name=...")

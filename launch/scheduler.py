@@ -1,4 +1,6 @@
-"""What SLURM says of jobs, asking it for another turn, and cancelling: squeue, sacct for what squeue has forgotten, scontrol, scancel."""
+"""What SLURM says of jobs, asking it for another turn, and cancelling: squeue, sacct for what squeue has
+forgotten, scontrol, scancel.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,26 @@ from typing import NamedTuple
 from pipeline.context import log
 from pipeline.errors import InputError
 
-ACTIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED"})
+ACTIVE = frozenset(
+    {
+        "PENDING",
+        "RUNNING",
+        "SUSPENDED",
+        "COMPLETING",
+        "CONFIGURING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "RESIZING",
+        "STOPPED",
+    }
+)
 """States that may still end well."""
 
 
 class JobState(NamedTuple):
-    """`state` is SLURM's word, such as RUNNING, FAILED or OUT_OF_MEMORY; `reason` says why a job waits, where it does."""
+    """`state` is SLURM's word, such as RUNNING, FAILED or OUT_OF_MEMORY; `reason` says why a job waits, where
+    it does.
+    """
 
     state: str
     reason: str = ""
@@ -27,10 +43,11 @@ class JobState(NamedTuple):
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """Each job's state; jobs that SLURM has forgotten are left out. Of an array's tasks the one that matters most counts.
+    """Each job's state; jobs that SLURM has forgotten are left out. Of an array's tasks the one that matters
+    most counts.
 
-    The controller is asked first: the accounting hears of a submission late, and calls a job NODE_FAIL for a moment
-    before it is queued again.
+    The controller is asked first: the accounting hears of a submission late, and calls a job NODE_FAIL for a
+    moment before it is queued again.
     """
     found: dict[str, JobState] = {}
     queue = ["squeue", "--noheader", "--states=all", "--array", "--format=%F|%T|%r"]
@@ -55,11 +72,17 @@ def _worse(one: JobState | None, other: JobState) -> JobState:
     """Of an array: a task that can still work, before one that has failed, before those that are done."""
     if one is None:
         return other
-    return max(one, other, key=lambda job: 2 + (job.state != "PENDING") if job.state in ACTIVE else job.state != "COMPLETED")
+    return max(
+        one,
+        other,
+        key=lambda job: 2 + (job.state != "PENDING") if job.state in ACTIVE else job.state != "COMPLETED",
+    )
 
 
 def require_controller() -> None:
-    """Raise InputError if SLURM's controller does not answer: sbatch would try for minutes, squeue for half of one."""
+    """Raise InputError if SLURM's controller does not answer: sbatch would try for minutes, squeue for half
+    of one.
+    """
     answer = _run(["scontrol", "ping"])
     if " UP" not in answer.stdout:
         said = (answer.stdout + answer.stderr).strip().partition("\n")[0]  # below it are asterisks
@@ -67,10 +90,11 @@ def require_controller() -> None:
 
 
 def come_back() -> str | None:
-    """Put the job that this process is a task of back into the queue, under its own id: what depends on it keeps waiting.
+    """Put the job that this process is a task of back into the queue, under its own id: what depends on it
+    keeps waiting.
 
-    A job that is no longer meant to run (cancelled, timed out, or being requeued by SLURM itself) is left alone: a cancelled
-    job would come back. Returns why a job that was to come back cannot, else None.
+    A job that is no longer meant to run (cancelled, timed out, or being requeued by SLURM itself) is left
+    alone: a cancelled job would come back. Returns why a job that was to come back cannot, else None.
     """
     job_id = _own_job()
     if shutil.which("scontrol") is None:
@@ -125,6 +149,10 @@ def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]
     try:
         return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
-        raise InputError(f"{command[0]}: not found: this machine has no SLURM; start it on a login node") from None
+        raise InputError(
+            f"{command[0]}: not found: this machine has no SLURM; start it on a login node"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise InputError(f"{command[0]} did not answer in 60 s: is SLURM's controller up? (scontrol ping)") from None
+        raise InputError(
+            f"{command[0]} did not answer in 60 s: is SLURM's controller up? (scontrol ping)"
+        ) from None

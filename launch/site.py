@@ -1,4 +1,6 @@
-"""What differs between SLURM clusters, in one YAML file: partition, account, how GPUs are asked for, containers, environment."""
+"""What differs between SLURM clusters, in one YAML file: partition, account, how GPUs are asked for,
+containers, environment.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Site(Section):
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     """Further options of sbatch, by their long names."""
     kill_on_invalid_dependency: bool = True
-    """Whether a job whose predecessor failed is cancelled (some sites forbid the option: it then waits until `flearn cancel`)."""
+    """Whether a job whose predecessor failed is cancelled (some sites forbid the option: it then waits until
+    `flearn cancel`).
+    """
 
     @model_validator(mode="after")
     def _leaves_time(self) -> Site:

@@ -9,9 +9,11 @@ import torch
 
 
 def measure_flops() -> dict[str, float]:
-    """Floating-point operations a second in a large matrix product of each precision: on one GPU, or on all cores of this process.
+    """Floating-point operations a second in a large matrix product of each precision: on one GPU, or on all
+    cores of this process.
 
-    They differ widely: GPUs are many times faster in bf16, and CPUs without instructions for bf16 many times slower.
+    They differ widely: GPUs are many times faster in bf16, and CPUs without instructions for bf16 many times
+    slower.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -51,20 +51,24 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def read_all(run_dir: Path) -> Plan:
-    """The plan of the last `flearn run` in `run_dir`, and what other plans of this run have put in the queue."""
+    """The plan of the last `flearn run` in `run_dir`, and what other plans of this run have put in the
+    queue.
+    """
     plan = read_plan(run_dir)
     submitted = read_jobs(plan.run_dir)
     for path in sorted(plan.run_dir.glob("plan-*.json")):
         other = read_plan(plan.run_dir, path.name)
-        plan.steps |= {id: step for id, step in other.steps.items() if id in submitted and id not in plan.steps}
+        plan.steps |= {
+            id: step for id, step in other.steps.items() if id in submitted and id not in plan.steps
+        }
     return plan
 
 
 def states(plan: Plan) -> list[Row]:
     """For each step: id, methods, state, job, seconds, and a note.
 
-    The state is done | running | queued | failed | cancelled | stopped | pending. `stopped` is a step that began and is
-    not at work now, `cancelled` one whose job was: the same `flearn run` goes on with both.
+    The state is done | running | queued | failed | cancelled | stopped | pending. `stopped` is a step that
+    began and is not at work now, `cancelled` one whose job was: the same `flearn run` goes on with both.
     """
     alive = is_alive(plan.run_dir)
     jobs = read_jobs(plan.run_dir)
@@ -78,7 +82,9 @@ def states(plan: Plan) -> list[Row]:
 
 
 def _ask(jobs: dict[str, str]) -> dict[str, JobState]:
-    """By step, the state of its SLURM job; what else there is to say is said even if SLURM does not answer."""
+    """By step, the state of its SLURM job; what else there is to say is said even if SLURM does not
+    answer.
+    """
     ids = {step: job for step, job in jobs.items() if job.isdecimal()}
     if not ids or shutil.which("squeue") is None:
         return {}
@@ -93,9 +99,20 @@ def _ask(jobs: dict[str, str]) -> dict[str, JobState]:
 
 def _state(plan: Plan, step: Step, job: str | None, found: JobState | None, alive: bool) -> Row:
     artifact = plan.artifact(step)
-    row: Row = {"id": step.id, "methods": step.methods, "state": "pending", "job": job, "seconds": None, "note": ""}
+    row: Row = {
+        "id": step.id,
+        "methods": step.methods,
+        "state": "pending",
+        "job": job,
+        "seconds": None,
+        "note": "",
+    }
     if artifact.is_complete:
-        return row | {"state": "done", "seconds": artifact.manifest["seconds"], "finished": artifact.manifest["finished"]}
+        return row | {
+            "state": "done",
+            "seconds": artifact.manifest["seconds"],
+            "finished": artifact.manifest["finished"],
+        }
     if found is not None and found.state in scheduler.ACTIVE:
         if found.state in _RUNNING:
             return row | {"state": "running", "note": progress(artifact.folder)}
@@ -107,8 +124,15 @@ def _state(plan: Plan, step: Step, job: str | None, found: JobState | None, aliv
     if not alive and (found is not None or began):
         reason = why(artifact.folder, job_files(plan.run_dir, job, "err"), found)
         if reason is not None:
-            return row | {"state": "cancelled" if found is not None and found.state == "CANCELLED" else "failed", "note": reason}
-    return row | {"state": "running" if alive else "stopped", "note": progress(artifact.folder)} if began else row
+            return row | {
+                "state": "cancelled" if found is not None and found.state == "CANCELLED" else "failed",
+                "note": reason,
+            }
+    return (
+        row | {"state": "running" if alive else "stopped", "note": progress(artifact.folder)}
+        if began
+        else row
+    )
 
 
 def _waiting(job: JobState) -> str:
@@ -120,7 +144,8 @@ def _waiting(job: JobState) -> str:
 def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
     """Why a step failed and where to read more; None if nothing says that it did.
 
-    A rank that died without a word (killed, out of memory) is known to SLURM alone: its peers blame the connection.
+    A rank that died without a word (killed, out of memory) is known to SLURM alone: its peers blame the
+    connection.
     """
     attempts = {log: _last_attempt(log) for log in stderr}
     problem = _problem(folder, attempts)
@@ -132,7 +157,9 @@ def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
     if job is None or job.state == "COMPLETED":
         return None
     failed = [log for log, (_, text) in attempts.items() if _SRUN.search(text)]
-    return f"{': '.join(said) or job.state} (see {log or next(iter([*failed, *stderr]), 'scontrol show job')})"
+    return (
+        f"{': '.join(said) or job.state} (see {log or next(iter([*failed, *stderr]), 'scontrol show job')})"
+    )
 
 
 def _problem(folder: Path, attempts: dict[Path, tuple[int, str]]) -> Any:
@@ -154,7 +181,8 @@ def _last_attempt(log: Path) -> tuple[int, str]:
 
 
 def _first_killed(attempts: dict[Path, tuple[int, str]]) -> tuple[str, Path] | tuple[None, None]:
-    """What srun says, and where, of the task that died first, unless it had words of its own. Of the last attempt, after a requeue.
+    """What srun says, and where, of the task that died first, unless it had words of its own. Of the last
+    attempt, after a requeue.
 
     srun writes where a job's first task does; an array has a file for each of its tasks.
     """

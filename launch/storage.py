@@ -1,4 +1,6 @@
-"""Bytes on the disk: what a run leaves there, what comes and goes while it runs, and how much is written in all."""
+"""Bytes on the disk: what a run leaves there, what comes and goes while it runs, and how much is written in
+all.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Stored(NamedTuple):
 
 
 def disk_row(pending: list[Step], shape: Shape, data: Data, capacity: Capacity) -> Row:
-    """The results that stay, the most that comes and goes at a time while stages run, and what has to be written."""
+    """The results that stay, the most that comes and goes at a time while stages run, and what has to be
+    written.
+    """
     steps, free = [stored(step, shape, data) for step in pending], capacity.disk_bytes
     stay, written = sum(one.result for one in steps), sum(one.written for one in steps)
     passing, order = max(one.passing for one in steps), "one by one"
@@ -36,11 +40,18 @@ def disk_row(pending: list[Step], shape: Shape, data: Data, capacity: Capacity) 
     detail = f"{size(stay + passing)} of {size(free)} free: results {size(stay)}, checkpoints of trainings {order} {size(passing)}"
     detail += f"; writes {size(written)} in all, checkpoints (checkpoint_every_steps) included"
     state = state_of(stay + passing, free)
-    return Row("disk for this run", state, detail, "" if state == "ok" else "set cluster.runs_dir to a larger disk, or run fewer methods")
+    return Row(
+        "disk for this run",
+        state,
+        detail,
+        "" if state == "ok" else "set cluster.runs_dir to a larger disk, or run fewer methods",
+    )
 
 
 def _side_by_side(pending: list[Step], passing: list[int]) -> int:
-    """The largest sum of `passing` over trainings none of which needs another: of each either itself, or the most of those after it."""
+    """The largest sum of `passing` over trainings none of which needs another: of each either itself, or the
+    most of those after it.
+    """
     after = {step.id: 0 for step in pending if step.stage in stages.TUNINGS}
     most = 0
     for step, own in reversed(list(zip(pending, passing, strict=True))):
@@ -74,7 +85,9 @@ def stored(step: Step, shape: Shape, data: Data) -> Stored:
     earlier = (_num_steps(training, data) - 1) // training.checkpoint_every_steps
     num_copies = 2 if earlier else 1  # an old one goes when the new one is whole
     written = earlier * checkpoint + last + (0 if keeps_checkpoint else result)
-    return Stored(result, num_copies * checkpoint - result, written)  # the result is written where moments were
+    return Stored(
+        result, num_copies * checkpoint - result, written
+    )  # the result is written where moments were
 
 
 def _num_steps(training: Training, data: Data) -> int:

@@ -1,7 +1,7 @@
 """One rank of a run: joins its fellows, runs steps of a plan with them, and leaves with an exit code.
 
-Started as `python -m launch.worker PLAN`, or by `launch/job.py` under a scheduler, with RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT set (torch's env:// rendezvous).
+Started as `python -m launch.worker PLAN`, or by `launch/job.py` under a scheduler, with RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT set (torch's env:// rendezvous).
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ def main(plan_path: Path) -> NoReturn:
 
 
 def join(part: tuple[int, int] | None = None) -> Context:
-    """Listen for requests to stop, and set up torch.distributed for this rank; `part` is its share of an array's work.
+    """Listen for requests to stop, and set up torch.distributed for this rank; `part` is its share of an
+    array's work.
 
-    Control messages go over a gloo group of their own, which waits as long as a stage of rank 0 alone may take.
+    Control messages go over a gloo group of their own, which waits as long as a stage of rank 0 alone may
+    take.
     """
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     context = Context(rank=rank, world_size=world_size, local_rank=local_rank, part=part)
@@ -48,7 +50,10 @@ def join(part: tuple[int, int] | None = None) -> Context:
     _quieten(device)
     if device != "cpu":
         if local_rank >= torch.cuda.device_count():
-            print(f"flearn: {torch.cuda.device_count()} GPUs are visible: set cluster.ranks to at most that", file=sys.stderr)
+            print(
+                f"flearn: {torch.cuda.device_count()} GPUs are visible: set cluster.ranks to at most that",
+                file=sys.stderr,
+            )
             os._exit(MISTAKE)
         torch.cuda.set_device(local_rank)
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=30))
@@ -79,7 +84,9 @@ def run_all(plan: Plan, ids: list[str], context: Context) -> int:
 
 
 def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
-    """Run one step, with the log of this rank in the step's folder; an error leaves a file there for `flearn status`."""
+    """Run one step, with the log of this rank in the step's folder; an error leaves a file there for `flearn
+    status`.
+    """
     folder = plan.artifact(step).folder
     said = error_file(folder, context.part)
     try:
@@ -110,9 +117,11 @@ def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
 
 @contextlib.contextmanager
 def _alone(folder: Path, context: Context) -> Iterator[None]:
-    """Hold the step's lock, on rank 0, so that two jobs never work on one step. Parts of an array may meet: they expect it.
+    """Hold the step's lock, on rank 0, so that two jobs never work on one step. Parts of an array may meet:
+    they expect it.
 
-    Raises InputError, on every rank, if others hold it still after a few seconds (a killed job's processes may linger).
+    Raises InputError, on every rank, if others hold it still after a few seconds (a killed job's processes
+    may linger).
     """
     if context.part is not None:
         yield
@@ -138,7 +147,9 @@ def _log_to(handler: logging.Handler, context: Context) -> None:
         console = logging.StreamHandler(sys.stdout)
         console.setFormatter(logging.Formatter("%(message)s"))
         console.setLevel(logging.INFO if context.is_main else logging.WARNING)
-        console.addFilter(lambda record: record.name.startswith("flearn") or record.levelno >= logging.WARNING)
+        console.addFilter(
+            lambda record: record.name.startswith("flearn") or record.levelno >= logging.WARNING
+        )
         root.addHandler(console)
         logging.getLogger("flearn").setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -146,7 +157,8 @@ def _log_to(handler: logging.Handler, context: Context) -> None:
 
 
 def _report(error: Exception, path: Path, context: Context) -> int:
-    """Say what went wrong: one line for a mistake, or a file that the system refuses; a traceback for a failure.
+    """Say what went wrong: one line for a mistake, or a file that the system refuses; a traceback for a
+    failure.
 
     The system's line does not say who was refused what for, so its traceback goes to this rank's log.
     """
@@ -173,8 +185,8 @@ def _log_traceback(path: Path) -> None:
 def leave(code: int, context: Context) -> NoReturn:
     """Flush, leave the process group, and exit at once.
 
-    After DeepSpeed work a process sometimes aborts inside Python's finalisation ("terminate called without an active
-    exception"), which would turn a finished run into a failed one.
+    After DeepSpeed work a process sometimes aborts inside Python's finalisation ("terminate called without an
+    active exception"), which would turn a finished run into a failed one.
     """
     import torch.distributed as dist
 

@@ -55,7 +55,8 @@ class Artifact:
     def model_path(self) -> Path | str:
         """Where the model that this stage made (or names) lies: inside the folder, elsewhere, or a hub id.
 
-        A stage that has a model says so in its facts: `"model"` is a path relative to its folder, an absolute path, or a hub id.
+        A stage that has a model says so in its facts: `"model"` is a path relative to its folder, an absolute
+        path, or a hub id.
         """
         model: str = self.facts["model"]
         inside = self.folder / model
@@ -75,8 +76,12 @@ class Artifact:
 
 
 def fingerprint(stage: str, version: int, recipe: dict[str, Any], inputs: dict[str, str]) -> str:
-    """12 hex digits that name a result: the stage, its version, its own settings and its inputs' fingerprints."""
-    text = json.dumps([stage, version, recipe, inputs], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """12 hex digits that name a result: the stage, its version, its own settings and its inputs'
+    fingerprints.
+    """
+    text = json.dumps(
+        [stage, version, recipe, inputs], sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -94,7 +99,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into, which on a clean exit is synced and takes `path`'s name; on an error it is gone."""
+    """A file to write into, which on a clean exit is synced and takes `path`'s name; on an error it is
+    gone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -110,7 +117,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync(path: Path) -> None:
-    """Force a file's content to the disk; of a folder, its names, so that renames inside it survive a power loss."""
+    """Force a file's content to the disk; of a folder, its names, so that renames inside it survive a power
+    loss.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,8 @@
 """What to run: an experiment's YAML, checked field by field, with `--set a.b=c` on top.
 
 Paths in the YAML are relative to the YAML's own folder; paths in `--set` are relative to where you are.
-Fields marked `placement` say how or where to run, never what comes out: they do not enter a stage's fingerprint.
+Fields marked `placement` say how or where to run, never what comes out: they do not enter a stage's
+fingerprint.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Model(Section):
     """The base model: exactly one of `path` and `tiny`."""
 
     path: str | None = Field(None, json_schema_extra=PLACEMENT)
-    """A Hugging Face model folder (its content enters the fingerprint), a hub id such as `meta-llama/Llama-2-7b-hf`, or the
-    name of a model that `flearn models fetch` fetched."""
+    """A Hugging Face model folder (its content enters the fingerprint), a hub id such as
+    `meta-llama/Llama-2-7b-hf`, or the name of a model that `flearn models fetch` fetched.
+    """
     revision: str | None = None
     """The hub revision (branch, tag or commit) of `path`."""
     tiny: TinyModel | None = None
@@ -52,8 +54,12 @@ class Facts(Section):
     """The facts to forget and to learn."""
 
     path: str | list[str] = Field(json_schema_extra=PLACEMENT)
-    """A file, a hub data set id, or [old file, new file] for a pair of Alpaca files. Its content enters the fingerprint."""
-    format: Literal["auto", "flearn", "zsre", "counterfact", "rome", "knowedit", "mquake", "qaedit", "alpaca"] = "auto"
+    """A file, a hub data set id, or [old file, new file] for a pair of Alpaca files. Its content enters the
+    fingerprint.
+    """
+    format: Literal[
+        "auto", "flearn", "zsre", "counterfact", "rome", "knowedit", "mquake", "qaedit", "alpaca"
+    ] = "auto"
     old_answer: Literal["pred", "answers"] = "pred"
     """ZsRE only: which field is the old answer (the paper takes `pred`, EasyEdit `answers[0]`)."""
     limit: int | None = Field(None, gt=0)
@@ -72,7 +78,9 @@ class Prompt(Section):
 
 
 class Training(Section):
-    """One fine-tuning. The arithmetic depends on `batch_size`, not on ranks or `micro_batch_size` (LoRA's dropout apart)."""
+    """One fine-tuning. The arithmetic depends on `batch_size`, not on ranks or `micro_batch_size` (LoRA's
+    dropout apart).
+    """
 
     epochs: int = Field(3, gt=0)
     lr: float = Field(5e-5, gt=0)
@@ -105,7 +113,15 @@ class Training(Section):
 
 
 # Settings of DeepSpeed that say how to run, or what to print, and nothing of what comes out.
-_DEEPSPEED_PLACEMENT = {"tensorboard", "wandb", "csv_monitor", "comet", "steps_per_print", "wall_clock_breakdown", "memory_breakdown"}
+_DEEPSPEED_PLACEMENT = {
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+}
 _ZERO_PLACEMENT = {
     "allgather_bucket_size",
     "allgather_partitions",
@@ -121,7 +137,9 @@ _ZERO_PLACEMENT = {
 
 
 class Teach(Training):
-    """Makes the *original* model: fine-tuning on the old facts, so that there is something to forget (paper, section 4)."""
+    """Makes the *original* model: fine-tuning on the old facts, so that there is something to forget (paper,
+    section 4).
+    """
 
     facts: Literal["old", "old_and_locality"] = "old"
     """`old_and_locality` also teaches the unrelated questions, for a model that knows nothing yet."""
@@ -169,7 +187,9 @@ class Evaluate(Section):
     batch_size: int = Field(32, gt=0, json_schema_extra=PLACEMENT)
     max_new_tokens: int = Field(24, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 halves the memory, but rounds a small subtraction away: the forgotten model then scores like the original."""
+    """bf16 halves the memory, but rounds a small subtraction away: the forgotten model then scores like the
+    original.
+    """
 
 
 class Cluster(Section):
@@ -229,7 +249,9 @@ class Experiment(Section):
         if not isinstance(self.forget.scale, dict):
             return self.forget.scale
         if method not in self.forget.scale:
-            raise InputError(f"forget.scale: no value for {method}; give one number, or one for each F-Learning method")
+            raise InputError(
+                f"forget.scale: no value for {method}; give one number, or one for each F-Learning method"
+            )
         return self.forget.scale[method]  # type: ignore[index]
 
 
@@ -265,12 +287,18 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
 
 
 def _local(path: Any, folder: Path) -> Any:
-    """`path` made absolute if it names something on this disk (or plainly means to), else unchanged: a hub id."""
+    """`path` made absolute if it names something on this disk (or plainly means to), else unchanged: a hub
+    id.
+    """
     if not isinstance(path, str):
         return path
     expanded = Path(path).expanduser()
     local = folder / expanded
-    means_disk = expanded.is_absolute() or path.startswith((".", "~")) or expanded.suffix in (".json", ".jsonl", ".yaml", ".csv")
+    means_disk = (
+        expanded.is_absolute()
+        or path.startswith((".", "~"))
+        or expanded.suffix in (".json", ".jsonl", ".yaml", ".csv")
+    )
     return str(Path(os.path.normpath(local))) if means_disk or local.exists() else path
 
 

@@ -24,7 +24,9 @@ class Preempted(Exception):
 
 @dataclass
 class Context:
-    """One process's place in a run. `group` is a gloo process group for control messages, or None with one rank."""
+    """One process's place in a run. `group` is a gloo process group for control messages, or None with one
+    rank.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -32,8 +34,9 @@ class Context:
     device: str = "cpu"
     group: Any = None
     part: tuple[int, int] | None = None
-    """(index, number of parts): which share of the work is this process's, where several share one artifact without talking
-    to each other; None: all of it."""
+    """(index, number of parts): which share of the work is this process's, where several share one artifact
+    without talking to each other; None: all of it.
+    """
     stop: bool = field(default=False, init=False)
     """Whether this rank was asked to stop; after `should_stop`, whether any rank was."""
 
@@ -42,7 +45,9 @@ class Context:
         return self.rank == 0
 
     def listen(self) -> None:
-        """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop at the next safe point; a further SIGINT stops at once."""
+        """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop at the next safe point; a further SIGINT stops
+        at once.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
 
@@ -52,7 +57,9 @@ class Context:
         self.stop = True
 
     def should_stop(self) -> bool:
-        """Whether any rank was asked to stop. Collective: every rank calls it at the same point and gets the same answer."""
+        """Whether any rank was asked to stop. Collective: every rank calls it at the same point and gets the
+        same answer.
+        """
         if self.group is None:
             return self.stop
         import torch
@@ -61,7 +68,9 @@ class Context:
         asked = torch.tensor([int(self.stop)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
         agreed = bool(asked.item())
-        self.stop = self.stop or agreed  # a signal may have come in the meantime: it counts from the next time on
+        self.stop = (
+            self.stop or agreed
+        )  # a signal may have come in the meantime: it counts from the next time on
         return agreed
 
     def barrier(self) -> None:
@@ -102,7 +111,12 @@ class Context:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + " {task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit + " {task.fields[note]}"),
+        )
         with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
             yield Progress(bar, bar.add_task(description, total=total, note=""))
 
@@ -138,7 +152,9 @@ def peak_gpu_memory_bytes(device: str) -> int | None:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Start measuring both peaks anew, so that each stage in a process has its own figures (Linux: clear_refs 5)."""
+    """Start measuring both peaks anew, so that each stage in a process has its own figures (Linux: clear_refs
+    5).
+    """
     if device != "cpu":
         import torch
 

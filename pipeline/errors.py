@@ -17,9 +17,16 @@ class InputError(ValueError):
 
 
 def file_system_message(error: BaseException) -> str | None:
-    """One line for a full disk, or for what the system says of a file that the error names; None for any other error."""
+    """One line for a full disk, or for what the system says of a file that the error names; None for any
+    other error.
+    """
     message = full_disk_message(error)
-    if message is None and isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+    if (
+        message is None
+        and isinstance(error, OSError)
+        and error.errno is not None
+        and error.filename is not None
+    ):
         return f"{error.filename}: {error.strerror}"
     return message
 
@@ -27,7 +34,8 @@ def file_system_message(error: BaseException) -> str | None:
 def refusal_message(error: BaseException) -> str | None:
     """As `file_system_message`, but only of a full disk and of what whoever chose the path can mend.
 
-    For a rank: its libraries read files and start programs of their own, and that one of these is missing is no mistake of the caller's.
+    For a rank: its libraries read files and start programs of their own, and that one of these is missing is
+    no mistake of the caller's.
     """
     is_theirs = isinstance(error, OSError) and error.errno in _CALLERS_TO_MEND
     return file_system_message(error) if is_theirs else full_disk_message(error)
@@ -50,5 +58,7 @@ def full_disk_message(error: BaseException) -> str | None:
 
 
 def printable(text: str) -> str:
-    """`text` on one line that any terminal takes: control characters and bytes that are no text are written as escapes."""
+    """`text` on one line that any terminal takes: control characters and bytes that are no text are written
+    as escapes.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

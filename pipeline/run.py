@@ -13,21 +13,30 @@ from datetime import datetime, timezone
 from typing import Any
 
 from pipeline.artifact import Artifact, write_json
-from pipeline.context import Context, Preempted, log, peak_gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
+from pipeline.context import (
+    Context,
+    Preempted,
+    log,
+    peak_gpu_memory_bytes,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from pipeline.errors import InputError
 from pipeline.stages import STAGES, TUNINGS, Plan, Step
 
 ATTEMPTS = "attempts.json"
 
 StageFunction = Callable[[dict[str, Any], dict[str, Artifact], Any, Context], "dict[str, Any] | None"]
-"""A stage returns its facts; or None, if it shares its work with other processes (`Context.part`) that are not done yet."""
+"""A stage returns its facts; or None, if it shares its work with other processes (`Context.part`) that are
+not done yet.
+"""
 
 
 def run_step(plan: Plan, step: Step, context: Context) -> None:
     """Run `step` unless it is complete. Every rank of `context` calls this together.
 
-    Raises what the stage raises: InputError for bad input, Preempted if asked to stop. The folder then stays without a
-    manifest, and the next run goes on from what the stage saved there.
+    Raises what the stage raises: InputError for bad input, Preempted if asked to stop. The folder then stays
+    without a manifest, and the next run goes on from what the stage saved there.
     """
     output = plan.artifact(step)
     if context.share(output.is_complete):
@@ -40,7 +49,10 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
     _check_ahead(plan, step, context)
     with _attempt(output, context) as attempt:
         facts = _call(step, inputs, output, context)
-    peaks = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": peak_gpu_memory_bytes(context.device)}
+    peaks = {
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(context.device),
+    }
     peaks = {name: None if value is None else context.largest(value) for name, value in peaks.items()}
     if context.is_main and facts is None:
         log.info("%s: part %s is done; others are not yet", step.id, context.part)
@@ -62,9 +74,15 @@ class Attempt:
 
 @contextmanager
 def _attempt(output: Artifact, context: Context) -> Iterator[Attempt]:
-    """Count this attempt, and the time it takes, with those before it (a preempted fine-tuning takes several)."""
+    """Count this attempt, and the time it takes, with those before it (a preempted fine-tuning takes
+    several).
+    """
     path = output.folder / ATTEMPTS
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"num_attempts": 0, "seconds": 0.0}
+    before: dict[str, Any] = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file()
+        else {"num_attempts": 0, "seconds": 0.0}
+    )
     attempt = Attempt(before["num_attempts"] + 1, before["seconds"])
     started = time.time()
     if context.is_main:
@@ -79,7 +97,8 @@ def _attempt(output: Artifact, context: Context) -> Iterator[Attempt]:
 
 
 def _check_ahead(plan: Plan, step: Step, context: Context) -> None:
-    """Before the first fine-tuning: whether the others could start. Raises InputError for settings or records that cannot work.
+    """Before the first fine-tuning: whether the others could start. Raises InputError for settings or records
+    that cannot work.
 
     Hours later, when their turn comes, would be a bad time to learn it.
     """
@@ -99,13 +118,17 @@ def _check_ahead(plan: Plan, step: Step, context: Context) -> None:
 
 
 def _base_of(step: Step) -> Step:
-    """The base model that `step` descends from: its config and tokenizer are those of all models made of it."""
+    """The base model that `step` descends from: its config and tokenizer are those of all models made of
+    it.
+    """
     while step.stage != "model":
         step = step.inputs["base" if step.stage == "forget" else "model"]
     return step
 
 
-def _call(step: Step, inputs: dict[str, Artifact], output: Artifact, context: Context) -> dict[str, Any] | None:
+def _call(
+    step: Step, inputs: dict[str, Artifact], output: Artifact, context: Context
+) -> dict[str, Any] | None:
     stage = STAGES[step.stage]
     module, _, name = stage.function.partition(":")
     function: StageFunction = getattr(importlib.import_module(module), name)

@@ -1,4 +1,6 @@
-"""Reading a YAML file of settings: sections that refuse unknown keys, `KEY=VALUE` overrides, and problems told in one line."""
+"""Reading a YAML file of settings: sections that refuse unknown keys, `KEY=VALUE` overrides, and problems
+told in one line.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,15 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def check(kind: type[AnySection], values: dict[str, Any], path: Path) -> AnySection:
-    """`values`, read from `path`, as a section. Raises InputError naming every wrong field, with the nearest right name."""
+    """`values`, read from `path`, as a section. Raises InputError naming every wrong field, with the nearest
+    right name.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(_describe(kind, problem) for problem in error.errors())) from None
+        raise InputError(
+            f"{path}: " + "; ".join(_describe(kind, problem) for problem in error.errors())
+        ) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -104,7 +110,9 @@ class Whole(dict[str, Any]):
 
 
 def merge(values: dict[str, Any], changed: dict[str, Any]) -> None:
-    """Overrides replace single values and extend sections; a list, or what a file holds (`Whole`), replaces what was there."""
+    """Overrides replace single values and extend sections; a list, or what a file holds (`Whole`), replaces
+    what was there.
+    """
     for key, value in changed.items():
         if isinstance(value, dict) and not isinstance(value, Whole) and isinstance(values.get(key), dict):
             merge(values[key], value)
@@ -113,7 +121,11 @@ def merge(values: dict[str, Any], changed: dict[str, Any]) -> None:
 
 
 def _describe(kind: type[Section], problem: Any) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", "dict[", "list["))]
+    location = [
+        part
+        for part in problem["loc"]
+        if isinstance(part, int) or not part.startswith(("function-", "dict[", "list["))
+    ]
     field = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _known_keys(kind, location[:-1]), n=1)
@@ -132,7 +144,11 @@ def _known_keys(section: type[Section], location: list[Any]) -> list[str]:
         field = section.model_fields.get(part)
         if field is None:
             return []
-        inner = [c for c in (field.annotation, *get_args(field.annotation)) if isinstance(c, type) and issubclass(c, Section)]
+        inner = [
+            c
+            for c in (field.annotation, *get_args(field.annotation))
+            if isinstance(c, type) and issubclass(c, Section)
+        ]
         if not inner:
             return []
         section = inner[0]

@@ -1,8 +1,8 @@
 """The table of stages, and the plan that turns an experiment into steps over artifacts.
 
-A step's folder is `<stage>-<fingerprint>`. The fingerprint covers the stage, its version, its own settings and its
-inputs' fingerprints, so methods that share a step share its folder, and a new lambda re-uses the old fine-tuning.
-Planning reads no weights and imports no torch.
+A step's folder is `<stage>-<fingerprint>`. The fingerprint covers the stage, its version, its own settings
+and its inputs' fingerprints, so methods that share a step share its folder, and a new lambda re-uses the old
+fine-tuning. Planning reads no weights and imports no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ STAGES: dict[str, Stage] = {
     "model": Stage("pipeline.models.stage:run", 1, "one"),
     "teach": Stage("pipeline.train.stage:run", 1, "all"),
     "tune_old": Stage("pipeline.train.stage:run", 1, "all"),
-    "forget": Stage("pipeline.delta.stage:run", 2, "one"),  # raised with ARITHMETIC_VERSION, or a run begun before cannot go on
+    "forget": Stage(
+        "pipeline.delta.stage:run", 2, "one"
+    ),  # raised with ARITHMETIC_VERSION, or a run begun before cannot go on
     "learn": Stage("pipeline.train.stage:run", 1, "all"),
     "evaluate": Stage("pipeline.evaluate.stage:run", 1, "all"),
     "report": Stage("pipeline.report.stage:run", 2, "one"),
@@ -53,7 +55,9 @@ Kind = Literal["full", "lora"]
 
 
 class Recipe(NamedTuple):
-    """A method: what is subtracted before learning (nothing for the baselines), and how the new facts are learned."""
+    """A method: what is subtracted before learning (nothing for the baselines), and how the new facts are
+    learned.
+    """
 
     forget: Kind | None
     learn: Kind
@@ -91,15 +95,28 @@ class Plan:
     run_dir: Path
     steps: dict[str, Step] = field(default_factory=dict)
 
-    def add(self, stage: str, sections: dict[str, Any], inputs: dict[str, Step], method: str | None = None, **recipe: Any) -> Step:
+    def add(
+        self,
+        stage: str,
+        sections: dict[str, Any],
+        inputs: dict[str, Step],
+        method: str | None = None,
+        **recipe: Any,
+    ) -> Step:
         """Add a step, or find it if another method already asked for it.
 
-        `sections` holds config sections and plain values, all handed to the stage; `recipe` holds further values that
-        enter the fingerprint only (the digest of a file that a section names by path).
+        `sections` holds config sections and plain values, all handed to the stage; `recipe` holds further
+        values that enter the fingerprint only (the digest of a file that a section names by path).
         """
-        section = {name: s.model_dump(mode="json") if isinstance(s, Section) else s for name, s in sections.items()}
-        identity = {name: s.recipe() if isinstance(s, Section) else s for name, s in sections.items()} | recipe
-        digest = artifact.fingerprint(stage, STAGES[stage].version, identity, {role: step.fingerprint for role, step in inputs.items()})
+        section = {
+            name: s.model_dump(mode="json") if isinstance(s, Section) else s for name, s in sections.items()
+        }
+        identity = {
+            name: s.recipe() if isinstance(s, Section) else s for name, s in sections.items()
+        } | recipe
+        digest = artifact.fingerprint(
+            stage, STAGES[stage].version, identity, {role: step.fingerprint for role, step in inputs.items()}
+        )
         step = self.steps.setdefault(f"{stage}-{digest}", Step(stage, section, inputs, digest))
         if method is not None and method not in step.methods:
             step.methods.append(method)
@@ -138,27 +155,39 @@ class Plan:
 
 
 def plan(experiment: Experiment) -> Plan:
-    """All steps of `experiment`. Raises InputError for a missing facts file or model folder, or a DeepSpeed config or LoRA modules
-    that no fine-tuning could use: better now than after the hours of the fine-tuning before it."""
+    """All steps of `experiment`. Raises InputError for a missing facts file or model folder, or a DeepSpeed
+    config or LoRA modules that no fine-tuning could use: better now than after the hours of the fine-tuning
+    before it.
+    """
     _check_deepspeed(experiment)
     _check_target_modules(experiment)
     result = Plan(experiment.run_dir)
     facts = _add_facts(result, experiment)
     original = _add_original(result, experiment, facts)
     evaluations = {"original": _add_evaluation(result, experiment, facts, original, None, None)}
-    states = [_add_method(result, experiment, method, facts, original, evaluations["original"]) for method in experiment.methods]
+    states = [
+        _add_method(result, experiment, method, facts, original, evaluations["original"])
+        for method in experiment.methods
+    ]
     _add_report(result, experiment, facts, evaluations["original"], states)
     return result
 
 
 def _check_deepspeed(experiment: Experiment) -> None:
     kinds = {kind for method in experiment.methods for kind in METHODS[method] if kind is not None}
-    sections: dict[str, Training | None] = {"teach": experiment.teach, **{kind: getattr(experiment, kind) for kind in sorted(kinds)}}
+    sections: dict[str, Training | None] = {
+        "teach": experiment.teach,
+        **{kind: getattr(experiment, kind) for kind in sorted(kinds)},
+    }
     for name, training in sections.items():
         if training is None:
             continue
         try:
-            make_ready(training, Shape.of(training.batch_size, training.micro_batch_size, experiment.cluster.ranks), hidden_size=1)
+            make_ready(
+                training,
+                Shape.of(training.batch_size, training.micro_batch_size, experiment.cluster.ranks),
+                hidden_size=1,
+            )
         except InputError as error:
             raise InputError(f"{name}.{error}") from None
 
@@ -176,7 +205,9 @@ def _add_facts(plan: Plan, experiment: Experiment) -> Step:
     needs_old = experiment.teach is not None or any(METHODS[m].forget for m in experiment.methods)
     paths = experiment.facts.path if isinstance(experiment.facts.path, list) else [experiment.facts.path]
     contents = [_digest(path, "facts.path") for path in paths]
-    return plan.add("facts", {"facts": experiment.facts, "needs_old_answer": needs_old}, {}, contents=contents)
+    return plan.add(
+        "facts", {"facts": experiment.facts, "needs_old_answer": needs_old}, {}, contents=contents
+    )
 
 
 def _digest(path: str, field_name: str) -> str:
@@ -192,7 +223,9 @@ def _digest(path: str, field_name: str) -> str:
 
 
 def _add_original(plan: Plan, experiment: Experiment, facts: Step) -> Step:
-    """The model that every method starts from: the base model, taught the old facts if the experiment says so."""
+    """The model that every method starts from: the base model, taught the old facts if the experiment says
+    so.
+    """
     if experiment.model.tiny is not None:
         # The tiny model's tokenizer is trained on the facts.
         base = plan.add("model", {"model": experiment.model, "seed": experiment.seed}, {"facts": facts})
@@ -200,10 +233,20 @@ def _add_original(plan: Plan, experiment: Experiment, facts: Step) -> Step:
         assert experiment.model.path is not None
         path = resolve(experiment.model.path)
         content = _digest(path, "model.path")
-        base = plan.add("model", {"model": experiment.model.model_copy(update={"path": path}), "seed": 0}, {}, content=content)
+        base = plan.add(
+            "model",
+            {"model": experiment.model.model_copy(update={"path": path}), "seed": 0},
+            {},
+            content=content,
+        )
     if experiment.teach is None:
         return base
-    sections = {"training": experiment.teach, "prompt": experiment.prompt, "target": experiment.teach.facts, "seed": experiment.seed}
+    sections = {
+        "training": experiment.teach,
+        "prompt": experiment.prompt,
+        "target": experiment.teach.facts,
+        "seed": experiment.seed,
+    }
     return plan.add("teach", sections, {"model": base, "facts": facts})
 
 
@@ -216,7 +259,9 @@ class States(NamedTuple):
     forget: Step | None
 
 
-def _add_method(plan: Plan, experiment: Experiment, method: str, facts: Step, original: Step, reference: Step) -> States:
+def _add_method(
+    plan: Plan, experiment: Experiment, method: str, facts: Step, original: Step, reference: Step
+) -> States:
     recipe = METHODS[method]
     start, forget, scale = original, None, None
     evaluations = {"original": reference}
@@ -232,7 +277,9 @@ def _add_method(plan: Plan, experiment: Experiment, method: str, facts: Step, or
     return States(method, scale, evaluations, forget)
 
 
-def _add_tuning(plan: Plan, experiment: Experiment, stage: str, kind: Kind, model: Step, facts: Step, method: str) -> Step:
+def _add_tuning(
+    plan: Plan, experiment: Experiment, stage: str, kind: Kind, model: Step, facts: Step, method: str
+) -> Step:
     training = experiment.full if kind == "full" else experiment.lora
     sections = {
         "training": training,
@@ -243,14 +290,24 @@ def _add_tuning(plan: Plan, experiment: Experiment, stage: str, kind: Kind, mode
     return plan.add(stage, sections, {"model": model, "facts": facts}, method)
 
 
-def _add_evaluation(plan: Plan, experiment: Experiment, facts: Step, model: Step, reference: Step | None, method: str | None) -> Step:
-    """Scores of one model. `reference` is the original model's evaluation, which locality is measured against."""
+def _add_evaluation(
+    plan: Plan, experiment: Experiment, facts: Step, model: Step, reference: Step | None, method: str | None
+) -> Step:
+    """Scores of one model. `reference` is the original model's evaluation, which locality is measured
+    against.
+    """
     inputs = {"model": model, "facts": facts} | ({"reference": reference} if reference is not None else {})
-    return plan.add("evaluate", {"evaluate": experiment.evaluate, "prompt": experiment.prompt}, inputs, method)
+    return plan.add(
+        "evaluate", {"evaluate": experiment.evaluate, "prompt": experiment.prompt}, inputs, method
+    )
 
 
-def _add_report(plan: Plan, experiment: Experiment, facts: Step, reference: Step, methods: list[States]) -> Step:
-    """The report reads all evaluations, and the manifests of all other steps (for their times and survival)."""
+def _add_report(
+    plan: Plan, experiment: Experiment, facts: Step, reference: Step, methods: list[States]
+) -> Step:
+    """The report reads all evaluations, and the manifests of all other steps (for their times and
+    survival).
+    """
     described = [
         {
             "method": states.method,
@@ -261,4 +318,6 @@ def _add_report(plan: Plan, experiment: Experiment, facts: Step, reference: Step
         for states in methods
     ]
     inputs = {step.id: step for step in plan.steps.values()}
-    return plan.add("report", {"name": experiment.name, "seed": experiment.seed, "methods": described}, inputs)
+    return plan.add(
+        "report", {"name": experiment.name, "seed": experiment.seed, "methods": described}, inputs
+    )

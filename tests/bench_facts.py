@@ -1,4 +1,6 @@
-"""The facts that benchmarks run on: a data file where one is named (real ZsRE, say), else the project's own."""
+"""The facts that benchmarks run on: a data file where one is named (real ZsRE, say), else the project's
+own.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,16 @@ VARIABLE = "FLEARN_BENCH_FACTS"
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """`--facts FILE`, of any format that `facts.path` takes; by default what the environment names, else our own facts."""
+    """`--facts FILE`, of any format that `facts.path` takes; by default what the environment names, else our
+    own facts.
+    """
     default = Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else OWN
-    parser.add_argument("--facts", type=Path, default=default, help=f"data file (default: ${VARIABLE}, else world_updates.jsonl)")
+    parser.add_argument(
+        "--facts",
+        type=Path,
+        default=default,
+        help=f"data file (default: ${VARIABLE}, else world_updates.jsonl)",
+    )
 
 
 def load(path: Path, limit: int) -> list[Fact]:

@@ -1,4 +1,6 @@
-"""What several rooms' tests share: tiny models, made once a session; and which tests stay together when two processes run them."""
+"""What several rooms' tests share: tiny models, made once a session; and which tests stay together when two
+processes run them.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModelFactory:
-    """`tiny_model("llama" | "gpt2" | "bloom", seed=0, **settings)`: a Hugging Face folder (2 layers of 32); do not write to it."""
+    """`tiny_model("llama" | "gpt2" | "bloom", seed=0, **settings)`: a Hugging Face folder (2 layers of 32);
+    do not write to it.
+    """
     made: dict[Any, Path] = {}
 
     def make(architecture: str = "llama", seed: int = 0, **settings: int) -> Path:
@@ -51,7 +55,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModelFactory:
         if key not in made:
             shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 512} | settings
             folder = tmp_path_factory.mktemp("tiny") / architecture
-            write_tiny_model(folder, TinyModel.model_validate({"architecture": architecture, **shape}), TINY_TEXTS, seed)
+            write_tiny_model(
+                folder, TinyModel.model_validate({"architecture": architecture, **shape}), TINY_TEXTS, seed
+            )
             made[key] = folder
         return made[key]
 

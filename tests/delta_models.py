@@ -18,13 +18,20 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
 
 
 def load(folder: Path) -> Tensors:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def formula(base: Tensors, tuned: Tensors, scale: float) -> Tensors:
     """The documented arithmetic, tensor by tensor in memory."""
     rounded = torch.tensor(scale, dtype=torch.float32)
-    return {name: values.float() - rounded * (tuned[name].float() - values.float()) for name, values in base.items()}
+    return {
+        name: values.float() - rounded * (tuned[name].float() - values.float())
+        for name, values in base.items()
+    }
 
 
 def layered(seed: int, dtype: torch.dtype = torch.bfloat16, num_layers: int = 3) -> Tensors:
@@ -46,7 +53,10 @@ def layered(seed: int, dtype: torch.dtype = torch.bfloat16, num_layers: int = 3)
 def nudged(tensors: Tensors, seed: int, std: float = 1e-3, dtype: torch.dtype = torch.float32) -> Tensors:
     """The same model after a fine-tuning that changed every weight a little."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: (values.float() + torch.randn(values.shape, generator=generator) * std).to(dtype) for name, values in tensors.items()}
+    return {
+        name: (values.float() + torch.randn(values.shape, generator=generator) * std).to(dtype)
+        for name, values in tensors.items()
+    }
 
 
 def write_pair(folder: Path) -> tuple[Path, Path]:

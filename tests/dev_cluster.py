@@ -14,14 +14,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "slurm/dev/cluster.sh"
 _PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd")
-MISSING = [name for name in _PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None]
+MISSING = [
+    name for name in _PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None
+]
 
 
 @contextmanager
 def dev_cluster() -> Iterator[dict[str, str]]:
     """Start the cluster; yields the environment for its users, with this interpreter first on the PATH."""
     folder = Path("/tmp") / f"flearn-slurm-test-{os.getpid()}"  # a short path: it holds sockets
-    env = os.environ | {"FLEARN_SLURM_DIR": str(folder), "FLEARN_SLURM_PORT": str(free_ports(6)), "DS_ACCELERATOR": "cpu"}
+    env = os.environ | {
+        "FLEARN_SLURM_DIR": str(folder),
+        "FLEARN_SLURM_PORT": str(free_ports(6)),
+        "DS_ACCELERATOR": "cpu",
+    }
     env |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}:/usr/sbin:/sbin"}
     env |= {"SLURM_CONF": str(folder / "etc/slurm.conf")}
     try:
@@ -32,7 +38,9 @@ def dev_cluster() -> Iterator[dict[str, str]]:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below those by which a job's ranks meet (see `launch/job.py`)."""
+    """The first of `count` ports in a row that nobody listens on, below those by which a job's ranks meet
+    (see `launch/job.py`).
+    """
     for first in range(11000 + os.getpid() % 4000, 20000 - count, count):
         try:
             for port in range(first, first + count):

@@ -36,9 +36,17 @@ SMALL = [
     "cluster.ranks=2",
     "cluster.nodes=2",
 ]
-ZERO = {stage: [f"{name}.deepspeed=configs/deepspeed/zero{stage}.json" for name in ("teach", "full", "lora")] for stage in (2, 3)}
+ZERO = {
+    stage: [f"{name}.deepspeed=configs/deepspeed/zero{stage}.json" for name in ("teach", "full", "lora")]
+    for stage in (2, 3)
+}
 # One of the two has all methods, and nothing that has to be long.
-ZERO[3] += ["methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]", "teach.epochs=30", "full.epochs=20", "lora.epochs=20"]
+ZERO[3] += [
+    "methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]",
+    "teach.epochs=30",
+    "full.epochs=20",
+    "lora.epochs=20",
+]
 
 
 def settings(runs: Path, *overrides: str) -> list[str]:
@@ -90,14 +98,27 @@ def learned(run_dir: Path) -> bytes:
 
 def digests(run_dir: Path) -> dict[str, dict[str, str]]:
     """By subtraction, those of its tensors."""
-    made = {path.parts[-3]: json.loads(path.read_text()) for path in run_dir.glob("forget-*/model/manifest.json")}
-    return {step: {name: tensor["blake3"] for name, tensor in manifest["tensors"].items()} for step, manifest in made.items()}
+    made = {
+        path.parts[-3]: json.loads(path.read_text()) for path in run_dir.glob("forget-*/model/manifest.json")
+    }
+    return {
+        step: {name: tensor["blake3"] for name, tensor in manifest["tensors"].items()}
+        for step, manifest in made.items()
+    }
 
 
 def in_queue(run_dir: Path) -> str:
     """Jobs of this run that SLURM has not ended."""
-    ids = re.findall(r"\d+", (run_dir / "jobs.json").read_text().partition("{")[2]) if (run_dir / "jobs.json").exists() else []
-    return "".join(line for line in slurm("squeue", "--noheader", "--format=%F %T").splitlines() if line.split()[0] in ids)
+    ids = (
+        re.findall(r"\d+", (run_dir / "jobs.json").read_text().partition("{")[2])
+        if (run_dir / "jobs.json").exists()
+        else []
+    )
+    return "".join(
+        line
+        for line in slurm("squeue", "--noheader", "--format=%F %T").splitlines()
+        if line.split()[0] in ids
+    )
 
 
 def num_steps(runs: Path) -> int:

@@ -16,7 +16,9 @@ class Recorded:
         for kind, text in (("stdout", stdout), ("stderr", stderr)):
             (self._folder / f"{name}.{kind}").write_text(text)
         here = f"{self._folder}/{name}"
-        script = f'#!/bin/sh\necho "$*" >>{here}.calls\ncat {here}.stdout\ncat {here}.stderr >&2\nexit {code}\n'
+        script = (
+            f'#!/bin/sh\necho "$*" >>{here}.calls\ncat {here}.stdout\ncat {here}.stderr >&2\nexit {code}\n'
+        )
         (self._folder / name).write_text(script)
         (self._folder / name).chmod(0o755)
 

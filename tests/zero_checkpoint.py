@@ -1,4 +1,6 @@
-"""Writes ZeRO checkpoints as DeepSpeed lays them out, of any world size, without running it (checked against it in integration/)."""
+"""Writes ZeRO checkpoints as DeepSpeed lays them out, of any world size, without running it (checked against
+it in integration/).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass
 class Checkpoint:
-    """What goes into a checkpoint: fp32 masters by group (stage 3: by sub-group), and what is kept in the model's dtype."""
+    """What goes into a checkpoint: fp32 masters by group (stage 3: by sub-group), and what is kept in the
+    model's dtype.
+    """
 
     stage: int
     world_size: int
@@ -43,25 +47,49 @@ class Checkpoint:
     def _optim(self, rank: int) -> dict[str, Any]:
         partition = partition_3 if self.stage == 3 else partition_1_2
         flats = [partition(list(group.values()), rank, self.world_size) for group in self.groups]
-        moments = {i: {"step": torch.tensor(float(self.step)), "exp_avg": torch.zeros(flat.numel())} for i, flat in enumerate(flats)}
+        moments = {
+            i: {"step": torch.tensor(float(self.step)), "exp_avg": torch.zeros(flat.numel())}
+            for i, flat in enumerate(flats)
+        }
         moments = moments if self.has_moments else {}
         optimizer = {"state": moments, "param_groups": [{"lr": 0.1}]}
         states: dict[str, Any] = {"zero_stage": self.stage}
         if self.stage == 3:
-            states |= {"partition_count": self.world_size, "fp32_flat_groups": flats, "optimizer_state_dict": optimizer}
+            states |= {
+                "partition_count": self.world_size,
+                "fp32_flat_groups": flats,
+                "optimizer_state_dict": optimizer,
+            }
         else:
             counts = [self.world_size] * len(flats)
-            states |= {"partition_count": counts, "single_partition_of_fp32_groups": flats, "base_optimizer_state": optimizer}
-        return {"optimizer_state_dict": states, "ds_config": {"zero_optimization": {"stage": self.stage}}, "ds_version": "0.19.8"}
+            states |= {
+                "partition_count": counts,
+                "single_partition_of_fp32_groups": flats,
+                "base_optimizer_state": optimizer,
+            }
+        return {
+            "optimizer_state_dict": states,
+            "ds_config": {"zero_optimization": {"stage": self.stage}},
+            "ds_version": "0.19.8",
+        }
 
     def _model(self, rank: int) -> dict[str, Any]:
         kept = [*self.groups, self.frozen]
-        module = {name: torch.zeros(0) if self.stage == 3 else tensor.bfloat16() for some in kept for name, tensor in some.items()}
-        cut = {name: part(tensor, rank, self.world_size) if self.stage == 3 else tensor for name, tensor in self.frozen.items()}
+        module = {
+            name: torch.zeros(0) if self.stage == 3 else tensor.bfloat16()
+            for some in kept
+            for name, tensor in some.items()
+        }
+        cut = {
+            name: part(tensor, rank, self.world_size) if self.stage == 3 else tensor
+            for name, tensor in self.frozen.items()
+        }
         return {
             "module": module | dict(self.buffers),
             "buffer_names": list(self.buffers),
-            "param_shapes": [OrderedDict((name, tensor.shape) for name, tensor in group.items()) for group in self.groups],
+            "param_shapes": [
+                OrderedDict((name, tensor.shape) for name, tensor in group.items()) for group in self.groups
+            ],
             "frozen_param_shapes": OrderedDict((name, tensor.shape) for name, tensor in self.frozen.items()),
             "frozen_param_fragments": cut,
             "shared_params": dict(self.aliases) if rank == 0 else {},
@@ -72,7 +100,9 @@ class Checkpoint:
 
 
 def partition_1_2(tensors: Sequence[torch.Tensor], rank: int, world_size: int) -> torch.Tensor:
-    """One rank's slice of a group that is padded to 2 * world_size; the padding (NaN here) is cut off the view, not the storage."""
+    """One rank's slice of a group that is padded to 2 * world_size; the padding (NaN here) is cut off the
+    view, not the storage.
+    """
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     size = ceil(flat.numel() / (2 * world_size)) * 2
     padded = torch.cat([flat, torch.full([size * world_size - flat.numel()], torch.nan)])
@@ -86,7 +116,11 @@ def partition_3(tensors: Sequence[torch.Tensor], rank: int, world_size: int) -> 
 
 
 def part(tensor: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """One rank's equal part of a flattened tensor. The tail's padding is whatever was in memory with DeepSpeed; NaN here."""
+    """One rank's equal part of a flattened tensor. The tail's padding is whatever was in memory with
+    DeepSpeed; NaN here.
+    """
     size = ceil(tensor.numel() / world_size)
-    padded = torch.cat([tensor.flatten(), torch.full([size * world_size - tensor.numel()], torch.nan, dtype=tensor.dtype)])
+    padded = torch.cat(
+        [tensor.flatten(), torch.full([size * world_size - tensor.numel()], torch.nan, dtype=tensor.dtype)]
+    )
     return padded[rank * size : (rank + 1) * size].clone()

@@ -27,7 +27,8 @@ _NUM_READERS = 4
 
 
 def check_files(out: Path, shards: Digests, extras: Mapping[str, str]) -> Iterator[str]:
-    """Files that do not belong, a config or tokenizer that is not as it was written, and an index that leads elsewhere.
+    """Files that do not belong, a config or tokenizer that is not as it was written, and an index that leads
+    elsewhere.
 
     Args:
         extras: {file: blake3 of its bytes} of what was copied to go with the weights.
@@ -56,7 +57,9 @@ def check_files(out: Path, shards: Digests, extras: Mapping[str, str]) -> Iterat
 
 
 def check_shards(out: Path, shards: Digests, io: Io, on_progress: Callable[[int], None]) -> dict[str, str]:
-    """{tensor or file: what is wrong with it}. `on_progress` is called with the number of shards that have been read."""
+    """{tensor or file: what is wrong with it}. `on_progress` is called with the number of shards that have
+    been read.
+    """
     found: dict[str, str] = {}
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         results = pool.map(lambda shard: dict(_check_shard(out / shard[0], shard[1], io)), shards.items())
@@ -81,7 +84,8 @@ def _check_shard(path: Path, digests: Mapping[str, str], io: Io) -> Iterator[tup
         reader, area = SliceReader(source, io, may_use_cache=False), page_memory(room_for(CHUNK_BYTES))
         for name in digests.keys() & source.tensors.keys():
             yield from (
-                (name, f"{name} in {path.name}: {wrong}") for wrong in _check_tensor(reader, source.tensors[name], digests[name], area)
+                (name, f"{name} in {path.name}: {wrong}")
+                for wrong in _check_tensor(reader, source.tensors[name], digests[name], area)
             )
         reader.close()
 

@@ -28,7 +28,9 @@ class Part(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Bytes [offset, offset + num_bytes) of a shard's file: perhaps some of its header, then parts of tensors."""
+    """Bytes [offset, offset + num_bytes) of a shard's file: perhaps some of its header, then parts of
+    tensors.
+    """
 
     number: int
     offset: int
@@ -41,7 +43,8 @@ class Chunk(NamedTuple):
 def cut(shard: Shard) -> Iterator[Chunk]:
     """The chunks of a shard's file, in order.
 
-    No element lies across two chunks: tensors begin at multiples of their element's size, and so does every chunk.
+    No element lies across two chunks: tensors begin at multiples of their element's size, and so does every
+    chunk.
     """
     header, num_bytes = shard.header, shard.num_bytes
     places = _places(shard, len(header))

@@ -1,6 +1,8 @@
-"""What a fine-tuning changed, and what survived of subtracting it: by tensor, by layer, attention against MLP.
+"""What a fine-tuning changed, and what survived of subtracting it: by tensor, by layer, attention against
+MLP.
 
-The data of the paper's Figures 4 and 5: the L2 norm of the change of every matrix, and of whole attention and MLP blocks.
+The data of the paper's Figures 4 and 5: the L2 norm of the change of every matrix, and of whole attention and
+MLP blocks.
 """
 
 from __future__ import annotations
@@ -39,15 +41,23 @@ def layers(survivals: Mapping[str, Survival], scale: float) -> list[dict[str, An
         layer, rest = int(match[1]), match[2]
         blocks.setdefault(layer, {}).setdefault(block_of(rest), Survival()).add(survival)
         if rest.endswith(".weight"):
-            matrices.setdefault(layer, {})[rest.removesuffix(".weight")] = float(f"{sqrt(survival.delta_square):.9g}")
+            matrices.setdefault(layer, {})[rest.removesuffix(".weight")] = float(
+                f"{sqrt(survival.delta_square):.9g}"
+            )
     return [
-        {"layer": layer, **{block: sums.figures(scale) for block, sums in found.items()}, "matrices": matrices.get(layer, {})}
+        {
+            "layer": layer,
+            **{block: sums.figures(scale) for block, sums in found.items()},
+            "matrices": matrices.get(layer, {}),
+        }
         for layer, found in sorted(blocks.items())
     ]
 
 
 def block_of(name: str) -> str:
-    """`attention`, `mlp` or `other` for a tensor's name inside its layer (`post_attention_layernorm.weight` is other)."""
+    """`attention`, `mlp` or `other` for a tensor's name inside its layer (`post_attention_layernorm.weight`
+    is other).
+    """
     if re.search(r"norm|ln_", name):
         return "other"
     if _ATTENTION.search(name):
@@ -64,14 +74,22 @@ def warnings(survivals: Mapping[str, Survival], scale: float, dtype: str) -> lis
     if scale == 0:
         return ["the scale is 0: the result is the base"]
     if whole.num_changed == 0:
-        return [f"the result equals the base: every change was lost in {dtype}; use --dtype float32 or --rounding stochastic"]
+        return [
+            f"the result equals the base: every change was lost in {dtype}; use --dtype float32 or --rounding stochastic"
+        ]
     found = []
     if figures["projection"] < POOR_PROJECTION:
         found.append(
             f"only {figures['projection']:.1%} of the intended change survives in {dtype} ({figures['share_changed']:.1%} of the weights"
             " changed); use --dtype float32 or --rounding stochastic"
         )
-    dead = [name for name, survival in survivals.items() if survival.delta_square > 0 and survival.num_changed == 0]
+    dead = [
+        name
+        for name, survival in survivals.items()
+        if survival.delta_square > 0 and survival.num_changed == 0
+    ]
     if dead:
-        found.append(f"{len(dead)} of {len(survivals)} tensors did not change at all, though they should have: {', '.join(dead[:5])}")
+        found.append(
+            f"{len(dead)} of {len(survivals)} tensors did not change at all, though they should have: {', '.join(dead[:5])}"
+        )
     return found

@@ -1,7 +1,8 @@
-"""Reading and writing past the page cache (O_DIRECT), into memory that is ours: half the work for bytes that are met once.
+"""Reading and writing past the page cache (O_DIRECT), into memory that is ours: half the work for bytes that
+are met once.
 
-Direct transfers want offsets, lengths and memory in whole pages. A file system that refuses them is read and written
-through the page cache instead, and so, with `auto`, may be read what lies in the cache already.
+Direct transfers want offsets, lengths and memory in whole pages. A file system that refuses them is read and
+written through the page cache instead, and so, with `auto`, may be read what lies in the cache already.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Io = Literal["auto", "direct", "buffered"]
 
 PAGE = 4096
 _LARGE_FILE_BYTES = 64 << 20
-"""`auto` takes smaller files through the page cache: they are often still there, and the next stage reads them again."""
+"""`auto` takes smaller files through the page cache: they are often still there, and the next stage reads
+them again.
+"""
 _SMALL_EXTENT_BYTES = 64 << 10
 """Shorter pieces are not worth a direct transfer of whole pages."""
 
@@ -38,7 +41,9 @@ def page_memory(num_bytes: int) -> memoryview:
 
 
 def room_for(num_bytes: int) -> int:
-    """The memory that `SliceReader.read` needs for a slice of `num_bytes`: whole pages around every piece that is read directly."""
+    """The memory that `SliceReader.read` needs for a slice of `num_bytes`: whole pages around every piece
+    that is read directly.
+    """
     return _pages_up(num_bytes) + 2 * PAGE * (2 + num_bytes // _SMALL_EXTENT_BYTES)
 
 
@@ -50,7 +55,9 @@ class SliceReader:
     """Reads a source's slices into memory that the caller brings; from several threads at once."""
 
     def __init__(self, source: TensorSource, io: Io, *, may_use_cache: bool) -> None:
-        """`may_use_cache`: with `auto`, what lies in the page cache is taken from there. False: the disk's own bytes are wanted."""
+        """`may_use_cache`: with `auto`, what lies in the page cache is taken from there. False: the disk's
+        own bytes are wanted.
+        """
         self._source = source
         self._io = io
         self._may_use_cache = may_use_cache
@@ -58,7 +65,8 @@ class SliceReader:
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, stop: int, area: memoryview) -> Array:
-        """Elements [start, stop) of a tensor, at least one, 1-D, in its stored dtype, somewhere in `area` (of `room_for` their bytes).
+        """Elements [start, stop) of a tensor, at least one, 1-D, in its stored dtype, somewhere in `area` (of
+        `room_for` their bytes).
 
         A source that is more than bytes in files (an adapter on its base) brings memory of its own.
         """
@@ -82,7 +90,9 @@ class SliceReader:
                 if end == 0:
                     begin = end = skipped
                 else:
-                    area[end : end + extent.num_bytes] = area[page + skipped : page + skipped + extent.num_bytes]
+                    area[end : end + extent.num_bytes] = area[
+                        page + skipped : page + skipped + extent.num_bytes
+                    ]
             end += extent.num_bytes
         return begin
 
@@ -103,7 +113,12 @@ class InputFile:
     def __init__(self, path: Path, io: Io, may_use_cache: bool) -> None:
         self._buffered = PreadFile(path)
         self._direct = _open_direct(path, os.O_RDONLY, io, self._buffered.size)
-        self._asks_cache = may_use_cache and io == "auto" and self._direct is not None and tells_its_pages(path, self._direct)
+        self._asks_cache = (
+            may_use_cache
+            and io == "auto"
+            and self._direct is not None
+            and tells_its_pages(path, self._direct)
+        )
 
     @property
     def is_direct(self) -> bool:
@@ -149,7 +164,9 @@ class OutputFile(AsideFile):
             raise
 
     def write_pages(self, view: memoryview, num_bytes: int, offset: int) -> None:
-        """Write the first `num_bytes` of `view` at `offset`. Both begin at a page, and `view` holds whole pages."""
+        """Write the first `num_bytes` of `view` at `offset`. Both begin at a page, and `view` holds whole
+        pages.
+        """
         done = 0
         if self._direct is not None:
             with named(self.path):
@@ -175,7 +192,9 @@ def _open_direct(path: Path, flags: int, io: Io, num_bytes: int) -> int | None:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.EINVAL and io == "direct":
-            raise InputError(f"{path.parent}: this file system does not take direct I/O; use --io buffered") from error
+            raise InputError(
+                f"{path.parent}: this file system does not take direct I/O; use --io buffered"
+            ) from error
         if error.errno == errno.EINVAL:
             return None
         raise

@@ -1,4 +1,6 @@
-"""What a stored tensor holds instead of what it should: the base's values, another scale's result, or a few wrong elements."""
+"""What a stored tensor holds instead of what it should: the base's values, another scale's result, or a few
+wrong elements.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _SAME_DIRECTION = 0.99
 
 
 @np.errstate(all="ignore")
-def explain(item: Item, stored: TensorSource, base: TensorSource, tuned: TensorSource, formula: Formula) -> str:
+def explain(
+    item: Item, stored: TensorSource, base: TensorSource, tuned: TensorSource, formula: Formula
+) -> str:
     """In what way the tensor `item` of `stored` differs from base - scale * (tuned - base)."""
     num_wrong, first, not_finite = 0, "", ""
     equals_base, only_signs = True, True
@@ -49,7 +53,9 @@ def explain(item: Item, stored: TensorSource, base: TensorSource, tuned: TensorS
 
 
 def _named(start: int, places: Array, found: Array, right: Array) -> str:
-    """What the first of `places` (none: nothing) holds; `found` and `right` begin at the tensor's element `start`."""
+    """What the first of `places` (none: nothing) holds; `found` and `right` begin at the tensor's element
+    `start`.
+    """
     if not places.size:
         return ""
     place = slice(places[0], places[0] + 1)
@@ -62,7 +68,9 @@ def _named(start: int, places: Array, found: Array, right: Array) -> str:
 def _slices(
     item: Item, stored: TensorSource, base: TensorSource, tuned: TensorSource, formula: Formula
 ) -> Iterator[tuple[int, Array, Array, Array, Array]]:
-    """(start, stored values, right values, the base's values as they would be stored, delta in float64), slice by slice."""
+    """(start, stored values, right values, the base's values as they would be stored, delta in float64),
+    slice by slice.
+    """
     arithmetic, nearest = Arithmetic(formula), Arithmetic(Formula(0.0))
     for start in range(0, item.info.num_elements, _SLICE_ELEMENTS):
         stop = min(start + _SLICE_ELEMENTS, item.info.num_elements)
@@ -85,7 +93,9 @@ def _slices(
 
 def _wide(values: Array) -> Array:
     """As float64."""
-    return (widen(values, np.empty(values.size, np.float32)) if values.dtype in NARROW else values).astype(np.float64)
+    return (widen(values, np.empty(values.size, np.float32)) if values.dtype in NARROW else values).astype(
+        np.float64
+    )
 
 
 def _bits(values: Array) -> Array:

@@ -16,7 +16,8 @@ CONFIG = "config.json"
 
 
 def extras_folder(base: Path) -> Path | None:
-    """Where the extras of `base` lie: in itself; a single file's beside it, if that is a model's folder. None: nowhere.
+    """Where the extras of `base` lie: in itself; a single file's beside it, if that is a model's folder.
+    None: nowhere.
 
     Raises InputError if something there may not be copied, or the config is damaged.
     """
@@ -28,7 +29,9 @@ def extras_folder(base: Path) -> Path | None:
 
 
 def _is_model_config(path: Path) -> bool:
-    """Whether a file is a model's config: other programs have a `config.json`, too, and what lies beside theirs is none of ours."""
+    """Whether a file is a model's config: other programs have a `config.json`, too, and what lies beside
+    theirs is none of ours.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
@@ -37,11 +40,18 @@ def _is_model_config(path: Path) -> bool:
 
 
 def extras_recipe(base: Path, folder: Path | None) -> dict[str, Any]:
-    """The recipe's field for what is copied from the `folder` beside a single file. (A base that is a folder has it in its own digest.)"""
+    """The recipe's field for what is copied from the `folder` beside a single file. (A base that is a folder
+    has it in its own digest.)
+    """
     if folder is None or folder == base:
         return {}
     digests = [(str(path.relative_to(folder)), content_digest(path)) for path in find_extras(folder)]
-    return {"extras": {"path": str(folder.absolute()), "digest": hashlib.sha256(repr(digests).encode()).hexdigest()[:16]}}
+    return {
+        "extras": {
+            "path": str(folder.absolute()),
+            "digest": hashlib.sha256(repr(digests).encode()).hexdigest()[:16],
+        }
+    }
 
 
 def extras_warnings(base: Path, folder: Path | None) -> list[str]:
@@ -54,7 +64,9 @@ def extras_warnings(base: Path, folder: Path | None) -> list[str]:
 
 
 def extras_digests(folder: Path | None, copied_to: Path) -> dict[str, str]:
-    """{file: blake3 of its bytes} of the copies of the extras in `folder`. Raises FileNotFoundError if one is not there."""
+    """{file: blake3 of its bytes} of the copies of the extras in `folder`. Raises FileNotFoundError if one is
+    not there.
+    """
     names = [str(path.relative_to(folder)) for path in find_extras(folder)] if folder is not None else []
     return {name: file_digest(copied_to / name) for name in names}
 

@@ -1,4 +1,5 @@
-"""Stored numbers as numpy arrays, widened to float32 and narrowed again: importing torch takes as long as subtracting a gigabyte.
+"""Stored numbers as numpy arrays, widened to float32 and narrowed again: importing torch takes as long as
+subtracting a gigabyte.
 
 numpy has no bfloat16; an array of uint16 is one here, by its bits. No source has a uint16 of its own.
 """
@@ -24,7 +25,9 @@ _EXPONENT = np.uint32(0x7F800000)
 _FLOAT16_NORMAL = np.uint32(0x38800000)
 """2**-14, float16's smallest normal number, as float32's bits."""
 _FLOAT16_OVERFLOW = np.uint32(0x477FF000)
-"""65520, from where on a number is infinite in float16, as float32's bits. (Infinity's and NaN's are larger.)"""
+"""65520, from where on a number is infinite in float16, as float32's bits. (Infinity's and NaN's are
+larger.)
+"""
 
 _BLOCK = 1 << 17
 """Elements looked at at a time: what that takes beside them stays small, and in the processor's cache."""
@@ -39,7 +42,9 @@ def of_tensor(tensor: torch.Tensor) -> Array:
     """A contiguous tensor's own memory as an array."""
     import torch
 
-    return tensor.view(torch.int16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return (
+        tensor.view(torch.int16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
 
 
 def widen(values: Array, out: Array) -> Array:
@@ -56,7 +61,9 @@ def widen(values: Array, out: Array) -> Array:
 
 
 def narrow(values: Array, out: Array) -> None:
-    """float32 `values`, each rounded once to the nearest (ties to even) of `out`'s dtype, in `out`; `values` become the rounded ones."""
+    """float32 `values`, each rounded once to the nearest (ties to even) of `out`'s dtype, in `out`; `values`
+    become the rounded ones.
+    """
     if out.dtype == BFLOAT16:
         _narrow_to_bfloat16(values, out)
         return
@@ -92,11 +99,14 @@ def _narrow_to_float16(values: Array, out: Array) -> None:
         np.copyto(out, values, casting="same_kind")
         widen(out, values)
         return
-    # A float16's last place is 2**-10 of its power of two, and 2**-24 below 2**-14: the last place, too, of float32 numbers around
-    # 2**13 times that power. So adding this rounds to it, and the sum's last bits count places.
+    # A float16's last place is 2**-10 of its power of two, and 2**-24 below 2**-14: the last place, too, of
+    # float32 numbers around 2**13 times that power. So adding this rounds to it, and the sum's last bits
+    # count places.
     power = bits & _EXPONENT
     np.maximum(power, _FLOAT16_NORMAL, out=power)
-    np.add(power, (13 << 23) + (1 << 11), out=power)  # 1 << 11 makes up for the exponents' offsets, below in 16 bits
+    np.add(
+        power, (13 << 23) + (1 << 11), out=power
+    )  # 1 << 11 makes up for the exponents' offsets, below in 16 bits
     total = power.view(np.float32) + size.view(np.float32)
     np.bitwise_xor(bits, size, out=bits)
     np.subtract(total, power.view(np.float32), out=size.view(np.float32))
@@ -108,18 +118,23 @@ def _narrow_to_float16(values: Array, out: Array) -> None:
 
 
 def narrow_randomly(values: Array, numbers: Array, out: Array) -> None:
-    """float32 `values` rounded up or down to 16 bits, with probabilities that keep their mean, in `out`; `values` become the rounded ones.
+    """float32 `values` rounded up or down to 16 bits, with probabilities that keep their mean, in `out`;
+    `values` become the rounded ones.
 
     `numbers`: 16 random bits (uint16) for each value. Values that `out`'s dtype holds exactly stay.
     Probabilities come in steps of 2**-16, rounded up below float16's smallest normal number.
     """
     bits = values.view(np.uint32)
-    if out.dtype == BFLOAT16:  # float32 with the last 16 bits cut off: adding 16 random bits carries as often as it should
+    if (
+        out.dtype == BFLOAT16
+    ):  # float32 with the last 16 bits cut off: adding 16 random bits carries as often as it should
         _cut_to_bfloat16(np.add(bits, numbers, out=bits), np.empty_like(bits), out)
         return
     steps = np.abs(values)
     is_small = steps < np.float32(2.0**-14)
-    np.multiply(steps, np.float32(2.0**24), out=steps)  # below 2**-14 float16 has an even grid, of step 2**-24
+    np.multiply(
+        steps, np.float32(2.0**24), out=steps
+    )  # below 2**-14 float16 has an even grid, of step 2**-24
     small = np.floor(steps)
     np.subtract(steps, small, out=steps)
     np.multiply(steps, np.float32(65536.0), out=steps)

@@ -1,4 +1,6 @@
-"""Inspect: what a path holds as a tensor source - kind, tensors, dtypes, ties, sizes - without DeepSpeed, reading headers alone."""
+"""Inspect: what a path holds as a tensor source - kind, tensors, dtypes, ties, sizes - without DeepSpeed,
+reading headers alone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from pipeline.weights.source import TensorSource
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """A JSON object about the tensor source at `path`. An adapter's is about its factors: they need no base to be looked at.
+    """A JSON object about the tensor source at `path`. An adapter's is about its factors: they need no base
+    to be looked at.
 
     Raises InputError if `path` is no tensor source, or is damaged.
     """
@@ -33,10 +36,27 @@ def _inspect(path: Path) -> dict[str, Any]:
 
 def _inspect_adapter(folder: Path) -> dict[str, Any]:
     config = adapter_config.load(folder)
-    file = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), folder)
-    keys = {"base_model": "base_model_name_or_path", "peft_type": "peft_type", "rank": "r", "alpha": "lora_alpha"}
+    file = next(
+        (
+            folder / name
+            for name in ("adapter_model.safetensors", "adapter_model.bin")
+            if (folder / name).is_file()
+        ),
+        folder,
+    )
+    keys = {
+        "base_model": "base_model_name_or_path",
+        "peft_type": "peft_type",
+        "rank": "r",
+        "alpha": "lora_alpha",
+    }
     with closing(open_source(file)) as source:
-        return {"path": str(folder), "kind": "adapter", **{name: config.get(key) for name, key in keys.items()}, **_contents(source)}
+        return {
+            "path": str(folder),
+            "kind": "adapter",
+            **{name: config.get(key) for name, key in keys.items()},
+            **_contents(source),
+        }
 
 
 def _from_checkpoint(source: TensorSource) -> dict[str, Any]:
@@ -64,14 +84,20 @@ def _contents(source: TensorSource) -> dict[str, Any]:
 def _made_by(recipe: dict[str, Any] | None) -> list[str]:
     if recipe is None:
         return []
-    return [f"made by: {recipe['base']['path']} - {recipe['scale']} * ({recipe['tuned']['path']} - {recipe['base']['path']})"]
+    return [
+        f"made by: {recipe['base']['path']} - {recipe['scale']} * ({recipe['tuned']['path']} - {recipe['base']['path']})"
+    ]
 
 
 def render(found: dict[str, Any]) -> str:
-    """The same for people: the whole on a few lines, then a line a tensor. What others named is shown as any terminal takes it."""
+    """The same for people: the whole on a few lines, then a line a tensor. What others named is shown as any
+    terminal takes it.
+    """
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     more = "".join(
-        f", {name.replace('_', ' ')} {found[name]}" for name in ("stage", "world_size", "global_steps", "rank", "alpha") if name in found
+        f", {name.replace('_', ' ')} {found[name]}"
+        for name in ("stage", "world_size", "global_steps", "rank", "alpha")
+        if name in found
     )
     lines = [
         f"{found['path']}: {found['kind']}{more}",
@@ -81,5 +107,8 @@ def render(found: dict[str, Any]) -> str:
         *(f"EMPTY: {name}" for name in found["empty"]),
     ]
     width = max((len(tensor["name"]) for tensor in found["tensors"]), default=0)
-    rows = [f"  {t['name']:{width}}  {t['dtype']:9}  {'x'.join(map(str, t['shape'])) or 'scalar'}" for t in found["tensors"]]
+    rows = [
+        f"  {t['name']:{width}}  {t['dtype']:9}  {'x'.join(map(str, t['shape'])) or 'scalar'}"
+        for t in found["tensors"]
+    ]
     return "\n".join(map(printable, lines + rows))

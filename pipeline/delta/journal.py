@@ -1,11 +1,14 @@
-"""What is done and what is not: the output folder's mark, a receipt for each finished shard, and the manifest, last.
+"""What is done and what is not: the output folder's mark, a receipt for each finished shard, and the
+manifest, last.
 
-    OUT/.incomplete/recipe/           what is being made; the folder `.incomplete` is also the mark by which readers refuse OUT
-    OUT/.incomplete/<shard>.json      receipt: written after the shard was synced and renamed into place
-    OUT/manifest.json                 written last: OUT is complete. Then `.incomplete` goes.
+    OUT/.incomplete/recipe/           what is being made; the folder `.incomplete` is also the mark by which
+    readers refuse OUT OUT/.incomplete/<shard>.json      receipt: written after the shard was synced and
+    renamed into place OUT/manifest.json                 written last: OUT is complete. Then `.incomplete`
+    goes.
 
-Each of these is one file, written aside (in `.incomplete`), synced and renamed, so a kill leaves it whole or absent, and
-no litter. Workers on a shared folder need no lock: whatever two of them do twice ends in the same bytes.
+Each of these is one file, written aside (in `.incomplete`), synced and renamed, so a kill leaves it whole or
+absent, and no litter. Workers on a shared folder need no lock: whatever two of them do twice ends in the same
+bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ class Journal:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest if the output is complete, else None. (Another program's file of that name is none.)"""
+        """The manifest if the output is complete, else None. (Another program's file of that name is
+        none.)
+        """
         manifest = _read(self.out / MANIFEST)
         return manifest if is_manifest(manifest) else None
 
@@ -59,8 +64,8 @@ class Journal:
         if self.recipe is None and self.manifest is None:
             with self._unless_complete():
                 self._begin(recipe, strangers, require_room)
-        # And in this: a fellow worker that completes the output writes the manifest, and then removes the recipe. Also one that did so
-        # while this one began: then there are both, and the manifest counts.
+        # And in this: a fellow worker that completes the output writes the manifest, and then removes the
+        # recipe. Also one that did so while this one began: then there are both, and the manifest counts.
         begun, manifest = self.recipe, self.manifest
         if manifest is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -77,7 +82,9 @@ class Journal:
         if (self.out.exists() or self.out.is_symlink()) and not self.out.is_dir():
             raise InputError(f"{self.out}: is not a folder; {_ADVICE}")
         if strangers:
-            raise InputError(f"{self.out}: is not empty ({', '.join(strangers[:3])}) and was not made by this command; {_ADVICE}")
+            raise InputError(
+                f"{self.out}: is not empty ({', '.join(strangers[:3])}) and was not made by this command; {_ADVICE}"
+            )
         require_room()
         aside = self._folder / uuid4().hex
         aside.mkdir(parents=True)
@@ -92,7 +99,11 @@ class Journal:
         sync(self.out)
 
     def _require_same(self, found: dict[str, Any], recipe: dict[str, Any], state: str) -> None:
-        differing = [key for key in sorted({*found, *recipe}) if _identity(found.get(key)) != _identity(recipe.get(key))]
+        differing = [
+            key
+            for key in sorted({*found, *recipe})
+            if _identity(found.get(key)) != _identity(recipe.get(key))
+        ]
         if differing:
             said = ", ".join(_difference(key, found.get(key), recipe.get(key)) for key in differing)
             raise InputError(f"{self.out}: {state} of another recipe ({said}); {_ADVICE}")
@@ -100,23 +111,35 @@ class Journal:
     def receipt(self, shard: Shard) -> dict[str, Any] | None:
         """What was recorded of a finished shard, if it is still there; None if it has to be made."""
         receipt = _read(self._folder / f"{shard.file_name}.json")
-        return receipt if is_receipt(receipt, [info.name for info in shard.tensors]) and shard.is_written(self.out) else None
+        return (
+            receipt
+            if is_receipt(receipt, [info.name for info in shard.tensors]) and shard.is_written(self.out)
+            else None
+        )
 
     def receipts(self) -> dict[str, dict[str, Any]]:
         """All receipts of an unfinished output, by the shard's file name."""
         files = sorted(self._folder.glob("*.json"))
-        return {path.name.removesuffix(".json"): receipt for path in files if (receipt := _read(path)) and is_receipt(receipt)}
+        return {
+            path.name.removesuffix(".json"): receipt
+            for path in files
+            if (receipt := _read(path)) and is_receipt(receipt)
+        }
 
     def record(self, shard: Shard, receipt: dict[str, Any]) -> None:
         """Note that `shard` is in place, with what is to be known of it."""
         if self.manifest is None:
             with self._unless_complete():
                 write_json(self._folder / f"{shard.file_name}.json", receipt)
-        if self.manifest is not None:  # a faster worker completed it, and removed the folder that this may just have made again
+        if (
+            self.manifest is not None
+        ):  # a faster worker completed it, and removed the folder that this may just have made again
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def commit(self, manifest: dict[str, Any], write_files: Callable[[Path], None]) -> None:
-        """Put the files that `write_files` makes in a folder beside the shards, then the manifest: the output is complete."""
+        """Put the files that `write_files` makes in a folder beside the shards, then the manifest: the output
+        is complete.
+        """
         aside = self._folder / uuid4().hex
         with self._unless_complete():
             aside.mkdir()
@@ -135,10 +158,15 @@ class Journal:
 
     @contextmanager
     def _unless_complete(self) -> Iterator[None]:
-        """Where two workers did the same, one may complete the output and remove `.incomplete` under the other's hands: no harm."""
+        """Where two workers did the same, one may complete the output and remove `.incomplete` under the
+        other's hands: no harm.
+        """
         try:
             yield
-        except (FileNotFoundError, FileExistsError):  # the latter from a mkdir that lost its folder while it looked at it
+        except (
+            FileNotFoundError,
+            FileExistsError,
+        ):  # the latter from a mkdir that lost its folder while it looked at it
             if self.manifest is None:
                 raise
 
@@ -149,7 +177,9 @@ def _identity(value: Any) -> Any:
 
 
 def _difference(key: str, found: Any, wanted: Any) -> str:
-    there, here = (value.get("path", value) if isinstance(value, dict) else value for value in (found, wanted))
+    there, here = (
+        value.get("path", value) if isinstance(value, dict) else value for value in (found, wanted)
+    )
     return f"{key} {there} instead of {here}" if there != here else f"{key} {there} with other contents"
 
 

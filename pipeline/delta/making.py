@@ -16,7 +16,9 @@ from pipeline.errors import InputError
 from pipeline.weights.shard import Shard
 
 Receipt = dict[str, Any]
-"""Of a finished shard, for each of its tensors: blake3 of the bytes, the survival sums, and blake3 of the inputs where these are noted."""
+"""Of a finished shard, for each of its tensors: blake3 of the bytes, the survival sums, and blake3 of the
+inputs where these are noted.
+"""
 
 
 class Output(Protocol):
@@ -33,13 +35,18 @@ class Computed(NamedTuple):
     survival: Survival | None
     """None: nothing was subtracted."""
     inputs: Mapping[str, Array | blake3]
-    """What was read as `base` and as `tuned`: the values or, where the tensor begins with this part, their digest. Nothing of an adapter:
-    a digest of its whole file is in the recipe, and processors may differ in its product."""
+    """What was read as `base` and as `tuned`: the values or, where the tensor begins with this part, their
+    digest. Nothing of an adapter: a digest of its whole file is in the recipe, and processors may differ in
+    its product.
+    """
 
     @classmethod
     def of(cls, part: Part, survival: Survival | None, read: Mapping[str, Array]) -> Computed:
         """A tensor's beginning need not wait for its turn to be hashed."""
-        return cls(survival, read if part.start > 0 else {role: blake3(_bytes(values)) for role, values in read.items()})
+        return cls(
+            survival,
+            read if part.start > 0 else {role: blake3(_bytes(values)) for role, values in read.items()},
+        )
 
 
 class Making:
@@ -68,7 +75,9 @@ class Making:
         self.turn += 1
 
     def finish(self, approve: Callable[[Receipt], None]) -> Receipt:
-        """Put the shard into its place. Raises what `approve` does, and InputError if a weight is not a finite number."""
+        """Put the shard into its place. Raises what `approve` does, and InputError if a weight is not a
+        finite number.
+        """
         receipt = {
             name: {
                 "blake3": digest.hexdigest(),
@@ -80,7 +89,9 @@ class Making:
         approve(receipt)
         for name, survival in self._survivals.items():
             if not survival.is_finite:
-                raise InputError(f"{name}: NaN or infinity in the base, in the tuned model, or after rounding to the stored dtype")
+                raise InputError(
+                    f"{name}: NaN or infinity in the base, in the tuned model, or after rounding to the stored dtype"
+                )
         self.output.commit()
         return receipt
 

@@ -1,4 +1,6 @@
-"""What a finished result's manifest and a shard's receipt hold, as far as it is read again: other programs write such files, too."""
+"""What a finished result's manifest and a shard's receipt hold, as far as it is read again: other programs
+write such files, too.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,23 @@ _MANIFEST: _Kinds = {
     "shards": list,
     "tensors": dict,
 }
-_RECIPE: _Kinds = {"base": dict, "tuned": dict, "scale": _NUMBER, "rounding": str, "dtype": (str, dict), "max_shard_bytes": int}
+_RECIPE: _Kinds = {
+    "base": dict,
+    "tuned": dict,
+    "scale": _NUMBER,
+    "rounding": str,
+    "dtype": (str, dict),
+    "max_shard_bytes": int,
+}
 _INPUT: _Kinds = {"path": str, "digest": str}
 _SHARD: _Kinds = {"file": str, "num_bytes": int}
-_TENSOR: _Kinds = {"file": str, "dtype": str, "base_dtype": str, "blake3": str, "survival": (dict, type(None))}
+_TENSOR: _Kinds = {
+    "file": str,
+    "dtype": str,
+    "base_dtype": str,
+    "blake3": str,
+    "survival": (dict, type(None)),
+}
 _FIGURES: _Kinds = {
     "delta_norm": _NUMBER,
     **dict.fromkeys(("share_changed", "projection", "cosine", "norm_ratio"), _MAYBE_NUMBER),
@@ -41,21 +56,31 @@ _SUMS: _Kinds = {field.name: _NUMBER for field in fields(Survival)}
 
 def is_manifest(value: Any) -> bool:
     """Whether `value` (of a JSON file) is the manifest of a finished subtraction."""
-    if not _has(value, _MANIFEST) or not _has(value["recipe"], _RECIPE) or not _has(value["survival"], _FIGURES):
+    if (
+        not _has(value, _MANIFEST)
+        or not _has(value["recipe"], _RECIPE)
+        or not _has(value["survival"], _FIGURES)
+    ):
         return False
     extras = value.get("extras", {})  # older ones have none
     if not isinstance(extras, dict) or not all(isinstance(digest, str) for digest in extras.values()):
         return False
     recipe = value["recipe"]
     dtypes = recipe["dtype"].values() if isinstance(recipe["dtype"], dict) else [recipe["dtype"]]
-    if not is_scale(recipe["scale"]) or recipe["rounding"] not in get_args(Rounding) or not all(dtype in _DTYPES for dtype in dtypes):
+    if (
+        not is_scale(recipe["scale"])
+        or recipe["rounding"] not in get_args(Rounding)
+        or not all(dtype in _DTYPES for dtype in dtypes)
+    ):
         return False
     inputs = [recipe["base"], recipe["tuned"]]
     shards, tensors = value["shards"], value["tensors"].values()
     if not (all(_has(one, _INPUT) for one in inputs) and all(_has(one, _SHARD) for one in shards)):
         return False
     files = {shard["file"] for shard in shards}
-    if not all(_has(one, _TENSOR) and isinstance(one.get("inputs", {}), dict) for one in tensors):  # older ones have no inputs
+    if not all(
+        _has(one, _TENSOR) and isinstance(one.get("inputs", {}), dict) for one in tensors
+    ):  # older ones have no inputs
         return False
     return bool(files) and all(one["file"] in files and one["base_dtype"] in DTYPE_BYTES for one in tensors)
 
@@ -68,7 +93,9 @@ def is_receipt(value: Any, names: Collection[str] | None = None) -> bool:
 
 
 def _has(value: Any, kinds: _Kinds) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name, _ABSENT), kind) for name, kind in kinds.items())
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name, _ABSENT), kind) for name, kind in kinds.items()
+    )
 
 
 _ABSENT = object()

@@ -1,4 +1,6 @@
-"""Which parts of a file lie in the page cache: what a fine-tuning has just written need not come from the disk again."""
+"""Which parts of a file lie in the page cache: what a fine-tuning has just written need not come from the
+disk again.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def tells_its_pages(path: Path, descriptor: int) -> bool:
 def is_cached(descriptor: int, offset: int, num_bytes: int) -> bool:
     """Whether all of `num_bytes` bytes from `offset` on can be had without the disk. Reads nothing.
 
-    A read that asks not to wait (RWF_NOWAIT) would tell as much, but where the bytes are missing it sets off a read-ahead.
+    A read that asks not to wait (RWF_NOWAIT) would tell as much, but where the bytes are missing it sets off
+    a read-ahead.
     """
     begin = offset - offset % mmap.ALLOCATIONGRANULARITY
     try:
@@ -33,5 +36,7 @@ def is_cached(descriptor: int, offset: int, num_bytes: int) -> bool:
     with mapping:
         is_there = np.zeros(-(-len(mapping) // mmap.PAGESIZE), np.uint8)
         address = np.frombuffer(mapping, np.uint8).ctypes.data
-        failed = _LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), ctypes.c_void_p(is_there.ctypes.data))
+        failed = _LIBC.mincore(
+            ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), ctypes.c_void_p(is_there.ctypes.data)
+        )
     return not failed and bool((is_there & 1).all())

@@ -1,4 +1,6 @@
-"""Which parts of a shared subtraction are done: a small file for each, beside what they write. Imports no torch: planning asks."""
+"""Which parts of a shared subtraction are done: a small file for each, beside what they write. Imports no
+torch: planning asks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def note_done(folder: Path, part: Part) -> None:
 
 
 def missing_parts(folder: Path, num_parts: int) -> list[Part]:
-    """The parts yet to be done. All of them where all are noted: what made the result whole was then interrupted."""
+    """The parts yet to be done. All of them where all are noted: what made the result whole was then
+    interrupted.
+    """
     parts = [(index, num_parts) for index in range(num_parts)]
     return [part for part in parts if not _note(folder, part).is_file()] or parts
 

@@ -1,7 +1,8 @@
-"""The plan of a subtraction, made before any byte is written: which tensor becomes what, in which shard, how large.
+"""The plan of a subtraction, made before any byte is written: which tensor becomes what, in which shard, how
+large.
 
-The output has the base's tensors, under the base's names. Whatever does not fit - missing, extra, mis-shaped tensors - is
-listed at once.
+The output has the base's tensors, under the base's names. Whatever does not fit - missing, extra, mis-shaped
+tensors - is listed at once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _QUANTISED = re.compile(r"(^|\.)(weight|qweight|packed_weight)$")
 
 @dataclass(frozen=True)
 class Item:
-    """One output tensor: `info` as it will be stored, `base` as it is in the base; `other` is what is subtracted.
+    """One output tensor: `info` as it will be stored, `base` as it is in the base; `other` is what is
+    subtracted.
 
     `other` is a tensor's name in the tuned source, or None: then the base's values are kept.
     """
@@ -53,11 +55,17 @@ class Plan:
 
     @property
     def can_be_undone(self) -> bool:
-        """Whether no result of a subtraction is rounded to 16 bits, so that the base can be had back from it."""
-        return all(item.other is None or item.info.dtype in ("float32", "float64") for item in self.items.values())
+        """Whether no result of a subtraction is rounded to 16 bits, so that the base can be had back from
+        it.
+        """
+        return all(
+            item.other is None or item.info.dtype in ("float32", "float64") for item in self.items.values()
+        )
 
 
-def make_plan(base: TensorSource, tuned: TensorSource, dtypes: str | dict[str, str], max_shard_bytes: int) -> Plan:
+def make_plan(
+    base: TensorSource, tuned: TensorSource, dtypes: str | dict[str, str], max_shard_bytes: int
+) -> Plan:
     """The plan of theta' = base - scale * (tuned - base).
 
     Args:
@@ -86,7 +94,12 @@ def match(base: TensorSource, tuned: TensorSource) -> tuple[dict[str, str | None
         _raise(unusable)
         return {name: name if name in tuned.changed else None for name in base.tensors}, []
     names = {name: _other_name(base, tuned, info) for name, info in base.tensors.items()}
-    problems = [problem for name, other in names.items() if other for problem in _misfits(base.tensors[name], other, tuned)]
+    problems = [
+        problem
+        for name, other in names.items()
+        if other
+        for problem in _misfits(base.tensors[name], other, tuned)
+    ]
     extra, notes = _extra(base, tuned)
     _raise(unusable + problems + extra)
     _raise(_broken_ties(base, tuned))
@@ -103,7 +116,9 @@ def _other_name(base: TensorSource, tuned: TensorSource, info: TensorInfo) -> st
 
 
 def is_subtracted(info: TensorInfo) -> bool:
-    """Whether a tensor holds weights: not an integer or boolean buffer, nor one that the model's code computes anew."""
+    """Whether a tensor holds weights: not an integer or boolean buffer, nor one that the model's code
+    computes anew.
+    """
     return info.is_floating and not is_recomputed(info)
 
 
@@ -130,8 +145,14 @@ def _misfits(info: TensorInfo, owner: str, tuned: TensorSource) -> Iterator[str]
     if other.shape == info.shape:
         return
     problem = f"{info.name} is {_text(info.shape)} in the base and {_text(other.shape)} in the tuned model"
-    if len(info.shape) == 2 and other.shape[1:] == info.shape[1:] and re.search(r"emb|wte|lm_head", info.name):
-        problem += " (the vocabulary was resized; rows are never trimmed or padded: tune without adding tokens)"
+    if (
+        len(info.shape) == 2
+        and other.shape[1:] == info.shape[1:]
+        and re.search(r"emb|wte|lm_head", info.name)
+    ):
+        problem += (
+            " (the vocabulary was resized; rows are never trimmed or padded: tune without adding tokens)"
+        )
     yield problem
 
 
@@ -139,7 +160,9 @@ def _extra(base: TensorSource, tuned: TensorSource) -> tuple[list[str], list[str
     """Problems with, and notes on, the tensors that only the tuned source has."""
     problems, notes = [], []
     for name, info in tuned.tensors.items():
-        stands_for = [alias for alias, owner in tuned.aliases.items() if owner == name and alias in base.tensors]
+        stands_for = [
+            alias for alias, owner in tuned.aliases.items() if owner == name and alias in base.tensors
+        ]
         if name in base.tensors or name in base.aliases or stands_for:
             continue
         if not is_subtracted(info):
@@ -152,21 +175,34 @@ def _extra(base: TensorSource, tuned: TensorSource) -> tuple[list[str], list[str
 
 
 def _tied_to(source: TensorSource, info: TensorInfo) -> str | None:
-    """For an output embedding, the input embedding that holds the same values: files do not always say that two are tied."""
+    """For an output embedding, the input embedding that holds the same values: files do not always say that
+    two are tied.
+    """
     if not _OUTPUT_EMBEDDING.search(info.name):
         return None
-    candidates = [other.name for other in source.tensors.values() if _INPUT_EMBEDDING.search(other.name) and other.shape == info.shape]
+    candidates = [
+        other.name
+        for other in source.tensors.values()
+        if _INPUT_EMBEDDING.search(other.name) and other.shape == info.shape
+    ]
     return next((name for name in candidates if _are_equal(source, name, info.name)), None)
 
 
 def _narrow(tuned: TensorSource, names: Iterable[str | None]) -> list[str]:
-    """Masters are float32; a tuned model that was saved in 16 bits has lost what is smaller than their steps."""
+    """Masters are float32; a tuned model that was saved in 16 bits has lost what is smaller than their
+    steps.
+    """
     narrow = {tuned.tensors[name].dtype for name in names if name} & {"bfloat16", "float16"}
-    return [f"the tuned model is stored in {dtype}: changes smaller than its steps were lost when it was saved" for dtype in sorted(narrow)]
+    return [
+        f"the tuned model is stored in {dtype}: changes smaller than its steps were lost when it was saved"
+        for dtype in sorted(narrow)
+    ]
 
 
 def _broken_ties(base: TensorSource, tuned: TensorSource) -> Iterator[str]:
-    """Where one of the two keeps one tensor and the other keeps two copies of it, the copies must be equal."""
+    """Where one of the two keeps one tensor and the other keeps two copies of it, the copies must be
+    equal.
+    """
     for alias, owner in base.aliases.items():
         if alias in tuned.tensors and owner in tuned.tensors and not _are_equal(tuned, alias, owner):
             yield f"{alias} is tied to {owner} in the base, but differs from it in the tuned model"
@@ -182,7 +218,9 @@ def _are_equal(source: TensorSource, one: str, two: str) -> bool:
     if count != source.tensors[two].num_elements:
         return False
     slices = ((start, min(start + _COMPARE_ELEMENTS, count)) for start in range(0, count, _COMPARE_ELEMENTS))
-    return all(torch.equal(source.read(one, start, stop), source.read(two, start, stop)) for start, stop in slices)
+    return all(
+        torch.equal(source.read(one, start, stop), source.read(two, start, stop)) for start, stop in slices
+    )
 
 
 def _text(shape: tuple[int, ...]) -> str:
@@ -192,5 +230,9 @@ def _text(shape: tuple[int, ...]) -> str:
 def _raise(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
-        advice = f" ({len(found)} problems; give a model and a fine-tuning of that very model)" if len(found) > 1 else ""
+        advice = (
+            f" ({len(found)} problems; give a model and a fine-tuning of that very model)"
+            if len(found) > 1
+            else ""
+        )
         raise InputError(f"base and tuned model do not fit{advice}: {'; '.join(found)}")

@@ -11,7 +11,9 @@ from pipeline.weights.shard import Shard
 from pipeline.weights.writer import main_dtype
 
 
-def state_sizes(plan: Plan, missing: Sequence[Shard], part: tuple[int, int], base: str, free_bytes: int) -> str:
+def state_sizes(
+    plan: Plan, missing: Sequence[Shard], part: tuple[int, int], base: str, free_bytes: int
+) -> str:
     """`writes 27.0 GB in 14 shards (float32; the base is bfloat16, 13.5 GB); 68.2 GB are free`.
 
     Args:

@@ -1,4 +1,6 @@
-"""The `forget` stage: theta' = original - scale * (tuned - original), straight from what the fine-tuning left."""
+"""The `forget` stage: theta' = original - scale * (tuned - original), straight from what the fine-tuning
+left.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,15 @@ from pipeline.delta.subtract import Progress, subtract
 from pipeline.models.load import model_folder
 
 
-def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any] | None:
+def run(
+    section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context
+) -> dict[str, Any] | None:
     """Write the forgotten model to `out`/model, and say how much of the subtraction survived.
 
     A fully tuned model is read from its ZeRO checkpoint, an adapter as it is: no consolidated copy is made.
-    Where several processes share the work (`context.part`), the one that finishes last has the facts, the others None.
-    Raises Preempted if this process was asked to stop: the next call goes on after the shards that are there.
+    Where several processes share the work (`context.part`), the one that finishes last has the facts, the
+    others None. Raises Preempted if this process was asked to stop: the next call goes on after the shards
+    that are there.
     """
     _heed(context)
     forget = Forget.model_validate(section["forget"])
@@ -60,14 +65,18 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
 
 
 def _heed(context: Context) -> None:
-    """Stop if this process was asked to. It does not ask its fellows: they wait for it, or work on other parts."""
+    """Stop if this process was asked to. It does not ask its fellows: they wait for it, or work on other
+    parts.
+    """
     if context.stop:
         raise Preempted("forget: stopped; the shards that are done are kept")
 
 
 @contextmanager
 def _progress(context: Context) -> Iterator[Progress]:
-    """A bar that starts once the sizes are known, and an ear for requests to stop as long as something is left to do."""
+    """A bar that starts once the sizes are known, and an ear for requests to stop as long as something is
+    left to do.
+    """
     with ExitStack() as stack:
         bar = None
         shown = 0

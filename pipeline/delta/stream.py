@@ -1,9 +1,11 @@
-"""The stream: shards computed chunk by chunk on a few threads, so that reading, arithmetic and writing overlap.
+"""The stream: shards computed chunk by chunk on a few threads, so that reading, arithmetic and writing
+overlap.
 
-Each thread takes the next chunk, reads the base's and the tuned model's elements, computes, writes the chunk at its
-place, waits until the chunk before it is hashed, and hashes its own. There are more threads than processors, to keep the
-disk busy, but only as many compute at a time: more would push each other's numbers out of the caches. A thread owns its
-buffers, so memory is bounded by the number of threads, and the memory limit decides that.
+Each thread takes the next chunk, reads the base's and the tuned model's elements, computes, writes the chunk
+at its place, waits until the chunk before it is hashed, and hashes its own. There are more threads than
+processors, to keep the disk busy, but only as many compute at a time: more would push each other's numbers
+out of the caches. A thread owns its buffers, so memory is bounded by the number of threads, and the memory
+limit decides that.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Stream:
         io: Io,
         approve: Callable[[Receipt], None] | None = None,
     ) -> None:
-        """`approve` sees each shard's receipt before the shard is put into its place, and raises what there is against it.
+        """`approve` sees each shard's receipt before the shard is put into its place, and raises what there
+        is against it.
 
         Inputs are noted for it, and wherever the result can be undone; for others the work is saved.
         Raises InputError if `memory_bytes` is too little for one thread.
@@ -61,7 +64,9 @@ class Stream:
         per_thread = chunks.CHUNK_BYTES + self._base_room + self._tuned_room + _SCRATCH_BYTES
         self._num_threads = min(MAX_THREADS, memory_bytes // per_thread)
         if self._num_threads == 0:
-            raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {(per_thread >> 20) + 1}MiB")
+            raise InputError(
+                f"--memory: {memory_bytes} bytes are too few; these models need {(per_thread >> 20) + 1}MiB"
+            )
         self._idle: SimpleQueue[Arithmetic] = SimpleQueue()
         for _ in range(min(self._num_threads, len(os.sched_getaffinity(0)))):
             self._idle.put(Arithmetic(formula))
@@ -88,7 +93,10 @@ class Stream:
         Raises whatever a thread raised first; shards not committed by then are abandoned.
         """
         jobs = self._jobs(shards, open_output)
-        threads = [threading.Thread(target=self._work, args=(jobs, on_whole), daemon=True) for _ in range(self._num_threads)]
+        threads = [
+            threading.Thread(target=self._work, args=(jobs, on_whole), daemon=True)
+            for _ in range(self._num_threads)
+        ]
         try:
             with nullcontext() if self._adapter is None else _one_torch_thread():
                 for thread in threads:
@@ -109,7 +117,9 @@ class Stream:
                 making.output.abandon()
             raise self._failure
 
-    def _jobs(self, shards: Sequence[Shard], open_output: Callable[[Shard], Output]) -> Iterator[tuple[Making, Chunk]]:
+    def _jobs(
+        self, shards: Sequence[Shard], open_output: Callable[[Shard], Output]
+    ) -> Iterator[tuple[Making, Chunk]]:
         for shard in shards:
             making = Making(shard, open_output(shard))
             self._open.append(making)
@@ -118,7 +128,11 @@ class Stream:
 
     def _work(self, jobs: Iterator[tuple[Making, Chunk]], on_whole: Callable[[Shard, Receipt], None]) -> None:
         try:
-            memory, base, tuned = page_memory(chunks.CHUNK_BYTES), page_memory(self._base_room), page_memory(self._tuned_room)
+            memory, base, tuned = (
+                page_memory(chunks.CHUNK_BYTES),
+                page_memory(self._base_room),
+                page_memory(self._tuned_room),
+            )
             while (job := self._next(jobs)) is not None:
                 making, chunk = job
                 computed = self._compute(chunk, memory, base, tuned)
@@ -135,9 +149,12 @@ class Stream:
         with self._lock:
             return next(jobs, None) if self._failure is None else None
 
-    def _compute(self, chunk: Chunk, memory: memoryview, base: memoryview, tuned: memoryview) -> list[Computed]:
+    def _compute(
+        self, chunk: Chunk, memory: memoryview, base: memoryview, tuned: memoryview
+    ) -> list[Computed]:
         memory[: len(chunk.header)] = chunk.header
-        # The last first: only a chunk's first part goes on with a tensor, and what was read for it has to stay until its turn comes.
+        # The last first: only a chunk's first part goes on with a tensor, and what was read for it has to
+        # stay until its turn comes.
         computed = [self._compute_part(part, memory, base, tuned) for part in reversed(chunk.parts)]
         return computed[::-1]
 
@@ -153,7 +170,13 @@ class Stream:
         return Computed.of(part, survival, inputs if self._notes_inputs else {})
 
     def _subtract(
-        self, arithmetic: Arithmetic, item: Item, part: Part, out: Array, base: Array, tuned: Array | None = None
+        self,
+        arithmetic: Arithmetic,
+        item: Item,
+        part: Part,
+        out: Array,
+        base: Array,
+        tuned: Array | None = None,
     ) -> Survival | None:
         """Compute the part into `out`; what survived, or None where nothing is subtracted."""
         if item.other is None:
@@ -193,7 +216,9 @@ class Stream:
 
 
 def _rooms(plan: Plan, tuned: TensorSource) -> tuple[int, int]:
-    """The bytes that one thread needs for a chunk's elements: of the base, and of the tuned model or the adapter's change."""
+    """The bytes that one thread needs for a chunk's elements: of the base, and of the tuned model or the
+    adapter's change.
+    """
     base_room = tuned_room = 1
     for item in plan.items.values():
         num_elements = min(item.info.num_elements, chunks.CHUNK_BYTES // DTYPE_BYTES[item.info.dtype])
@@ -203,7 +228,9 @@ def _rooms(plan: Plan, tuned: TensorSource) -> tuple[int, int]:
         if isinstance(tuned, AdapterSource):
             tuned_room = max(tuned_room, tuned.delta_bytes(item.other, num_elements))
         else:
-            tuned_room = max(tuned_room, room_for(num_elements * DTYPE_BYTES[tuned.tensors[item.other].dtype]))
+            tuned_room = max(
+                tuned_room, room_for(num_elements * DTYPE_BYTES[tuned.tensors[item.other].dtype])
+            )
     return base_room, tuned_room
 
 

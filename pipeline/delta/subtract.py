@@ -71,25 +71,28 @@ def subtract(
     """Write the model base - scale * (tuned - base) into the folder `out`.
 
     Args:
-        base: The model to subtract from: any tensor source's path. Config and tokenizer are copied from it (of a file: from its folder).
+        base: The model to subtract from: any tensor source's path. Config and tokenizer are copied from it
+            (of a file: from its folder).
         tuned: The fine-tuned model, or an adapter on `base`.
         scale: The paper's lambda.
         out: A new folder, or one that this very command was killed at.
-        dtype: How floating-point weights are stored: float32, bfloat16, float16, `same` (each as in the base), or a
-            dtype for each tensor by name.
+        dtype: How floating-point weights are stored: float32, bfloat16, float16, `same` (each as in the
+            base), or a dtype for each tensor by name.
         rounding: To 16 bits: to the nearest value, or stochastic, which keeps the mean.
         seed: Of stochastic rounding.
         max_shard_size: Such as `2GB`.
         memory: The most to use besides Python and its libraries, such as `256MiB`.
         io: `direct` past the page cache, `buffered` through it; `auto`: direct for large files
             where it can be had, but what the cache holds of the inputs is taken from there.
-        undoes: Where this takes back an earlier subtraction, so that what survives of the change does not matter: called with each
-            shard's receipt before the shard is put into its place, it raises InputError if what was read is not what it has to be.
+        undoes: Where this takes back an earlier subtraction, so that what survives of the change does not
+            matter: called with each shard's receipt before the shard is put into its place, it raises
+            InputError if what was read is not what it has to be.
         part: (i, n): do the i-th of n parts (from 1). The one that finishes last completes `out`.
         announce: Called with a line on the sizes before the work, if this call has shards to write.
 
     Raises:
-        InputError: The models do not fit, `out` holds something else, the disk is too full, or a weight is not finite.
+        InputError: The models do not fit, `out` holds something else, the disk is too full, or a weight is
+            not finite.
     """
     if not is_scale(scale):
         raise InputError(f"scale {scale}: must be a finite number, in float32 too")
@@ -101,7 +104,10 @@ def subtract(
     extras = extras_folder(base)  # what may not be copied is said before anything is written
     formula = Formula(scale, rounding, seed)
     sizes = parse_size(max_shard_size), parse_size(memory)
-    with closing(open_source(base)) as base_source, closing(open_source(tuned, base=base_source)) as tuned_source:
+    with (
+        closing(open_source(base)) as base_source,
+        closing(open_source(tuned, base=base_source)) as tuned_source,
+    ):
         plan = make_plan(base_source, tuned_source, dtype, sizes[0])
         stream = Stream(plan, base_source, tuned_source, formula, sizes[1], io, undoes)
         recipe = _recipe(base, tuned, formula, dtype, sizes[0]) | extras_recipe(base, extras)
@@ -117,7 +123,11 @@ def subtract(
         num_bytes = _num_bytes(missing)
         require_free(out, num_bytes)
         if announce is not None and missing:
-            announce(state_sizes(plan, missing, part, "the base" if undoes is None else "the result", free_bytes(out)))
+            announce(
+                state_sizes(
+                    plan, missing, part, "the base" if undoes is None else "the result", free_bytes(out)
+                )
+            )
         stream.run(
             missing,
             open_output=lambda shard: OutputFile(out / shard.file_name, shard.num_bytes, io),
@@ -132,19 +142,28 @@ def _num_bytes(shards: Sequence[Shard]) -> int:
 
 
 def _require_whole(out: Path, plan: Plan, manifest: dict[str, Any]) -> None:
-    """Raises InputError if a finished result has since lost a file, or has another in a shard's place (sizes and headers are looked at)."""
+    """Raises InputError if a finished result has since lost a file, or has another in a shard's place (sizes
+    and headers are looked at).
+    """
     lost = [
         f"{shard.file_name} {'has another size or header' if (out / shard.file_name).is_file() else 'is missing'}"
         for shard in plan.shards
         if not shard.is_written(out)
     ]
-    others = [*([INDEX] if len(plan.shards) > 1 else []), *manifest.get("extras", {})]  # older manifests do not note extras
+    others = [
+        *([INDEX] if len(plan.shards) > 1 else []),
+        *manifest.get("extras", {}),
+    ]  # older manifests do not note extras
     lost += [f"{name} is missing" for name in others if not (out / name).is_file()]
     if lost:
-        raise InputError(f"{out}: was finished, but {', '.join(lost)}; restore what is lost, or delete {out} and run again")
+        raise InputError(
+            f"{out}: was finished, but {', '.join(lost)}; restore what is lost, or delete {out} and run again"
+        )
 
 
-def _recipe(base: Path, tuned: Path, formula: Formula, dtype: str | dict[str, str], max_shard_bytes: int) -> dict[str, Any]:
+def _recipe(
+    base: Path, tuned: Path, formula: Formula, dtype: str | dict[str, str], max_shard_bytes: int
+) -> dict[str, Any]:
     """Everything that decides the output's bytes. Paths are for the reader; digests decide."""
     recipe = {
         "version": ARITHMETIC_VERSION,
@@ -159,13 +178,19 @@ def _recipe(base: Path, tuned: Path, formula: Formula, dtype: str | dict[str, st
     return recipe
 
 
-def _finish(journal: Journal, plan: Plan, recipe: dict[str, Any], formula: Formula, extras: Path | None) -> Outcome:
+def _finish(
+    journal: Journal, plan: Plan, recipe: dict[str, Any], formula: Formula, extras: Path | None
+) -> Outcome:
     """If every part is done, put index, config and tokenizer beside the shards, then the manifest."""
     receipts = [journal.receipt(shard) for shard in plan.shards]
     num_waiting = receipts.count(None)
     if num_waiting:
-        manifest = journal.claim(recipe, lambda: None)  # another worker may have completed the output just now
-        return Outcome("written", manifest, 0) if manifest is not None else Outcome("waiting", {}, num_waiting)
+        manifest = journal.claim(
+            recipe, lambda: None
+        )  # another worker may have completed the output just now
+        return (
+            Outcome("written", manifest, 0) if manifest is not None else Outcome("waiting", {}, num_waiting)
+        )
     noted = {name: noted for receipt in receipts if receipt for name, noted in receipt.items()}
     manifest = _manifest(plan, noted, recipe, formula, extras)
 
@@ -185,10 +210,19 @@ def _write_files(folder: Path, plan: Plan, extras: Path | None) -> None:
         copy_extras(extras, folder, main_dtype(plan.shards))
 
 
-def _manifest(plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], formula: Formula, extras: Path | None) -> dict[str, Any]:
-    survivals = {name: Survival(**receipts[name]["survival"]) for name, item in plan.items.items() if item.other is not None}
+def _manifest(
+    plan: Plan, receipts: dict[str, Any], recipe: dict[str, Any], formula: Formula, extras: Path | None
+) -> dict[str, Any]:
+    survivals = {
+        name: Survival(**receipts[name]["survival"])
+        for name, item in plan.items.items()
+        if item.other is not None
+    }
     dtype = main_dtype(plan.shards)
-    warnings = [*diagnostics.warnings(survivals, formula.scale, dtype), *extras_warnings(Path(recipe["base"]["path"]), extras)]
+    warnings = [
+        *diagnostics.warnings(survivals, formula.scale, dtype),
+        *extras_warnings(Path(recipe["base"]["path"]), extras),
+    ]
     return {
         "tool": f"flearn {_version()}",
         "recipe": recipe,

@@ -1,9 +1,10 @@
 """Undo: the base back from theta' and the tuned model, by the same subtraction with another scale.
 
-theta' = base - s * (tuned - base) gives base = theta' - t * (tuned - theta') with t = -s / (1 + s). An adapter holds
-tuned - base itself, so there t = -s. A float32 base comes back within rounding, a 16-bit one bit for bit but for weights
-that are 0 or many thousand times smaller than their change. So it is not the result that is compared: theta' and the tuned
-model are, as they are read, with the digests that were noted when theta' was made, before a shard is put into its place.
+theta' = base - s * (tuned - base) gives base = theta' - t * (tuned - theta') with t = -s / (1 + s). An
+adapter holds tuned - base itself, so there t = -s. A float32 base comes back within rounding, a 16-bit one
+bit for bit but for weights that are 0 or many thousand times smaller than their change. So it is not the
+result that is compared: theta' and the tuned model are, as they are read, with the digests that were noted
+when theta' was made, before a shard is put into its place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from pipeline.weights.digest import content_digest
 from pipeline.weights.open import open_source
 
 MOST_AMPLIFIED = 16.0
-"""Up to how many times the rounding errors of theta' may grow: near scale -1, theta' is the tuned model and hardly holds the base."""
+"""Up to how many times the rounding errors of theta' may grow: near scale -1, theta' is the tuned model and
+hardly holds the base.
+"""
 
 
 def undo(
@@ -38,7 +41,8 @@ def undo(
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Write the base that `forgotten` (a result of `subtract`) was made from into the folder `out`, each tensor in its old dtype.
+    """Write the base that `forgotten` (a result of `subtract`) was made from into the folder `out`, each
+    tensor in its old dtype.
 
     Args:
         tuned: The tuned model or adapter that was subtracted; None: where the manifest says that it is.
@@ -48,9 +52,13 @@ def undo(
     """
     manifest = Journal(forgotten).manifest
     if manifest is None:
-        raise InputError(f"{forgotten}: holds no finished result of `flearn delta subtract`, or its manifest.json is damaged")
+        raise InputError(
+            f"{forgotten}: holds no finished result of `flearn delta subtract`, or its manifest.json is damaged"
+        )
     _require_float32(forgotten, manifest)
-    _require_noted_inputs(forgotten, manifest)  # before any digest is compared: an older flearn's may be another's
+    _require_noted_inputs(
+        forgotten, manifest
+    )  # before any digest is compared: an older flearn's may be another's
     recipe = manifest["recipe"]
     tuned = Path(recipe["tuned"]["path"]) if tuned is None else tuned
     if not tuned.exists():
@@ -77,7 +85,9 @@ def undo(
 
 
 def undoing_scale(scale: float, is_delta: bool) -> float:
-    """The scale that takes theta' back to the base. Raises InputError where theta' no longer holds enough of the base."""
+    """The scale that takes theta' back to the base. Raises InputError where theta' no longer holds enough of
+    the base.
+    """
     if is_delta:
         return -scale
     if (1 + abs(scale)) > MOST_AMPLIFIED * abs(1 + scale):
@@ -91,15 +101,21 @@ def say_how_exact(forgotten: Path, back: Path) -> str:
     """How many tensors of `back`, which `undo` made of `forgotten`, are the base's bit for bit."""
     result, base = Journal(forgotten).manifest, Journal(back).manifest
     assert result is not None and base is not None
-    num_equal = sum(tensor["blake3"] == result["tensors"][name]["inputs"]["base"] for name, tensor in base["tensors"].items())
+    num_equal = sum(
+        tensor["blake3"] == result["tensors"][name]["inputs"]["base"]
+        for name, tensor in base["tensors"].items()
+    )
     num_tensors = len(base["tensors"])
     return f"{num_equal} of {num_tensors} tensors are the base's bit for bit" + (
         "" if num_equal == num_tensors else ", the others within float32 rounding"
     )
 
 
-def _require_inputs(forgotten: Path, tuned: Path, out: Path, tensors: dict[str, Any], receipt: Receipt) -> None:
-    """Raises InputError if the tensors of `receipt` were made of other bytes than those that were written, and subtracted.
+def _require_inputs(
+    forgotten: Path, tuned: Path, out: Path, tensors: dict[str, Any], receipt: Receipt
+) -> None:
+    """Raises InputError if the tensors of `receipt` were made of other bytes than those that were written,
+    and subtracted.
 
     By then `out` is begun, and holds whatever shards were finished before.
     """
@@ -112,7 +128,9 @@ def _require_inputs(forgotten: Path, tuned: Path, out: Path, tensors: dict[str, 
                 f" {forgotten}` says what differs; {advice}"
             )
         if read.get("tuned") != right["inputs"].get("tuned"):
-            raise InputError(f"{tuned}: {name} has other values than when it was subtracted; give the tuned model as it was then; {advice}")
+            raise InputError(
+                f"{tuned}: {name} has other values than when it was subtracted; give the tuned model as it was then; {advice}"
+            )
 
 
 def _require_tensors(forgotten: Path, manifest: dict[str, Any]) -> None:
@@ -120,7 +138,9 @@ def _require_tensors(forgotten: Path, manifest: dict[str, Any]) -> None:
     with closing(open_source(forgotten)) as source:
         differing = sorted(source.tensors.keys() ^ manifest["tensors"].keys())
     if differing:
-        raise InputError(f"{forgotten}: {differing[0]} is not in both its manifest.json and its weights: the result is damaged")
+        raise InputError(
+            f"{forgotten}: {differing[0]} is not in both its manifest.json and its weights: the result is damaged"
+        )
 
 
 def _require_noted_inputs(forgotten: Path, manifest: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""Verify: read a result again, against its manifest and, where they are still there, against the models it was made from."""
+"""Verify: read a result again, against its manifest and, where they are still there, against the models it
+was made from.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Verdict(NamedTuple):
     problems: list[str]
     """Each names what differs; empty: the result is what it should be."""
     notes: list[str]
-    """Why the result could not be compared with its inputs: these are no longer there, or another version of flearn made it."""
+    """Why the result could not be compared with its inputs: these are no longer there, or another version of
+    flearn made it.
+    """
     unfinished: str = ""
     """Of a result that is not finished: how far it is."""
 
@@ -50,11 +54,15 @@ class Verdict(NamedTuple):
         return "; ".join(said) or "as it should be"
 
 
-def verify(out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress: Progress | None = None) -> Verdict:
-    """Check the result in `out`: every file, every tensor's bytes, and that they are base - scale * (tuned - base).
+def verify(
+    out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress: Progress | None = None
+) -> Verdict:
+    """Check the result in `out`: every file, every tensor's bytes, and that they are base - scale * (tuned -
+    base).
 
-    An unfinished result's finished shards are checked, too. Of a finished one of another version of flearn, whose arithmetic or digests
-    may be others, only the bytes are. Raises InputError if `out` is no result of `subtract`.
+    An unfinished result's finished shards are checked, too. Of a finished one of another version of flearn,
+    whose arithmetic or digests may be others, only the bytes are. Raises InputError if `out` is no result of
+    `subtract`.
     """
     journal = Journal(out)
     manifest = journal.manifest
@@ -68,7 +76,9 @@ def verify(out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress
 
     problems = [*check_files(out, shards, manifest.get("extras", {})), *_equals_base(manifest)]
     differing = check_shards(out, shards, io, lambda num_read: report(num_bytes * num_read // len(shards)))
-    compared = _against_inputs(out, manifest, differing, parse_size(memory), io, lambda num_done: report(num_bytes + num_done))
+    compared = _against_inputs(
+        out, manifest, differing, parse_size(memory), io, lambda num_done: report(num_bytes + num_done)
+    )
     return Verdict(problems + compared.problems, compared.notes)
 
 
@@ -82,8 +92,15 @@ def _verify_unfinished(journal: Journal, io: Io) -> Verdict:
         )
     if not _is_of_this_version(journal.recipe):
         again = f"delete {journal.out} and run the command again"
-        return Verdict([], [], f"not finished, and begun by another version of flearn, which this one cannot go on with: {again}")
-    shards = {file: {name: noted["blake3"] for name, noted in receipt.items()} for file, receipt in journal.receipts().items()}
+        return Verdict(
+            [],
+            [],
+            f"not finished, and begun by another version of flearn, which this one cannot go on with: {again}",
+        )
+    shards = {
+        file: {name: noted["blake3"] for name, noted in receipt.items()}
+        for file, receipt in journal.receipts().items()
+    }
     differing = check_shards(journal.out, shards, io, lambda num_read: None)
     done = f"not finished, {len(shards)} shards are done{'' if differing else ' and as they were written'}"
     return Verdict([*differing.values()], [], f"{done}; run the same command again, it goes on from there")
@@ -111,7 +128,12 @@ def _equals_base(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _against_inputs(
-    out: Path, manifest: dict[str, Any], differing: Mapping[str, str], memory_bytes: int, io: Io, on_progress: Callable[[int], None]
+    out: Path,
+    manifest: dict[str, Any],
+    differing: Mapping[str, str],
+    memory_bytes: int,
+    io: Io,
+    on_progress: Callable[[int], None],
 ) -> Verdict:
     """Compute the result again, and say of tensors that differ in what way."""
     recipe = manifest["recipe"]
@@ -127,17 +149,33 @@ def _against_inputs(
     if verdict.notes or verdict.problems:
         return Verdict([*differing.values(), *verdict.problems], verdict.notes)
     formula = Formula(recipe["scale"], recipe["rounding"], recipe.get("seed", 0))
-    with closing(open_source(recipe["base"]["path"])) as base, closing(open_source(recipe["tuned"]["path"], base=base)) as tuned:
+    with (
+        closing(open_source(recipe["base"]["path"])) as base,
+        closing(open_source(recipe["tuned"]["path"], base=base)) as tuned,
+    ):
         plan = make_plan(base, tuned, recipe["dtype"], recipe["max_shard_bytes"])
         receipts: Receipt = {}
         stream = Stream(plan, base, tuned, formula, memory_bytes, io)
-        stream.run(plan.shards, lambda shard: _Nowhere(), lambda shard, receipt: receipts.update(receipt), on_progress)
+        stream.run(
+            plan.shards,
+            lambda shard: _Nowhere(),
+            lambda shard, receipt: receipts.update(receipt),
+            on_progress,
+        )
         for name, noted in receipts.items():
             right = manifest["tensors"].get(name, {})
-            changed = [role for role, digest in noted["inputs"].items() if digest != right.get("inputs", {}).get(role, digest)]
-            verdict.problems.extend(f"{name}: the {role} model has changed since the result was made" for role in changed)
+            changed = [
+                role
+                for role, digest in noted["inputs"].items()
+                if digest != right.get("inputs", {}).get(role, digest)
+            ]
+            verdict.problems.extend(
+                f"{name}: the {role} model has changed since the result was made" for role in changed
+            )
             if not changed and noted["blake3"] != right.get("blake3"):
-                verdict.problems.append(f"{name}: the manifest's digest is not that of base - scale * (tuned - base)")
+                verdict.problems.append(
+                    f"{name}: the manifest's digest is not that of base - scale * (tuned - base)"
+                )
         verdict.problems.extend(_explained(out, manifest, differing, plan, base, tuned, formula))
     return verdict
 
@@ -156,7 +194,13 @@ class _Nowhere:
 
 
 def _explained(
-    out: Path, manifest: dict[str, Any], differing: Mapping[str, str], plan: Plan, base: TensorSource, tuned: TensorSource, formula: Formula
+    out: Path,
+    manifest: dict[str, Any],
+    differing: Mapping[str, str],
+    plan: Plan,
+    base: TensorSource,
+    tuned: TensorSource,
+    formula: Formula,
 ) -> Iterator[str]:
     for name, problem in differing.items():
         stored = _open_as_planned(out, manifest, plan, name)
@@ -168,7 +212,9 @@ def _explained(
 
 
 def _open_as_planned(out: Path, manifest: dict[str, Any], plan: Plan, name: str) -> SafetensorsSource | None:
-    """The file that holds the tensor `name`, or None if it does not, or not in the shape and dtype that it should have."""
+    """The file that holds the tensor `name`, or None if it does not, or not in the shape and dtype that it
+    should have.
+    """
     try:
         source = SafetensorsSource(out / manifest["tensors"][name]["file"])
     except (KeyError, InputError):

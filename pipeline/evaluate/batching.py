@@ -11,7 +11,8 @@ import torch
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices of `lengths` in batches, longest first: if the memory does not suffice, that shows at once.
 
-    No row is less than half as long as another in its batch: a few long answers must not pad all the short ones.
+    No row is less than half as long as another in its batch: a few long answers must not pad all the short
+    ones.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -24,7 +25,9 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
 
 
 def pad(rows: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (rows, width) int64. Padding is masked out, so its token is of no account."""
+    """Token ids and attention mask, both (rows, width) int64. Padding is masked out, so its token is of no
+    account.
+    """
     width = max(len(row) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -36,5 +39,7 @@ def pad(rows: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Each token's place in its own text, whatever padding stands before it: (rows, width) int64, 0 on padding."""
+    """Each token's place in its own text, whatever padding stands before it: (rows, width) int64, 0 on
+    padding.
+    """
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,4 +1,6 @@
-"""Teacher forcing: answers put into the model's mouth, and what it would have said at each of their tokens."""
+"""Teacher forcing: answers put into the model's mouth, and what it would have said at each of their
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ def force(reading: Reading, answers: Sequence[tuple[int, list[int]]], batch_size
     results: dict[int, Forced] = {}
     for chosen in batches_by_length([len(ids) for _, ids in answers], batch_size):
         batch = [answers[i] for i in chosen]
-        results.update(zip(chosen, _force_batch(reading.select([row for row, _ in batch]), [ids for _, ids in batch]), strict=True))
+        results.update(
+            zip(
+                chosen,
+                _force_batch(reading.select([row for row, _ in batch]), [ids for _, ids in batch]),
+                strict=True,
+            )
+        )
     return [results[i] for i in range(len(answers))]
 
 

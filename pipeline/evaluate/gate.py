@@ -12,7 +12,8 @@ from pipeline.facts.fact import Fact
 
 
 def knows_old(fact: Fact, outputs: Outputs) -> bool | None:
-    """Whether the model gives an old answer of `fact`: in free generation if it was asked, else token by token.
+    """Whether the model gives an old answer of `fact`: in free generation if it was asked, else token by
+    token.
 
     None if nobody recorded an old answer.
     """
@@ -24,7 +25,8 @@ def knows_old(fact: Fact, outputs: Outputs) -> bool | None:
 
 
 def split_by_known(rows: Sequence[Row], original: Sequence[Row], protocols: Sequence[str]) -> dict[str, Any]:
-    """The scores of `rows` over the facts that the `original` model's rows say it knew, and over those it did not know.
+    """The scores of `rows` over the facts that the `original` model's rows say it knew, and over those it did
+    not know.
 
     Facts without an old answer are in neither part.
     """
@@ -33,6 +35,10 @@ def split_by_known(rows: Sequence[Row], original: Sequence[Row], protocols: Sequ
     unknown = [row for row in rows if verdicts[row["id"]] is False]
     num_records = len(known) + len(unknown)
     return {
-        "known": {"num_known": len(known), "num_records": num_records, "protocols": aggregate(known, protocols)},
+        "known": {
+            "num_known": len(known),
+            "num_records": num_records,
+            "protocols": aggregate(known, protocols),
+        },
         "unknown": {"num_records": len(unknown), "protocols": aggregate(unknown, protocols)},
     }

@@ -1,4 +1,6 @@
-"""Free greedy decoding of many questions at once: the first line that the model writes, whatever it shares its batch with."""
+"""Free greedy decoding of many questions at once: the first line that the model writes, whatever it shares
+its batch with.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class Line:
-    """What a model has written so far, up to EOS, the end of the first line with text in it, or `budget` tokens."""
+    """What a model has written so far, up to EOS, the end of the first line with text in it, or `budget`
+    tokens.
+    """
 
     def __init__(self, budget: int) -> None:
         self.ids: list[int] = []
@@ -31,7 +35,8 @@ class Line:
 
 
 class Generator:
-    """Writes lines, one token after the other, each the likeliest. `eos` ends a line; nothing else is forced or forbidden.
+    """Writes lines, one token after the other, each the likeliest. `eos` ends a line; nothing else is forced
+    or forbidden.
 
     Most lines end soon and some are long: new questions join the batch while those are still being written.
     """
@@ -64,14 +69,20 @@ class Generator:
         """One more token for every unfinished line."""
         tokens = reading.logits.argmax(-1)
         lines = zip(self._unfinished, tokens.tolist(), strict=True)
-        going_on = [i for i, (line, token) in enumerate(lines) if line.add(token, self._piece(token), token in self._eos)]
+        going_on = [
+            i
+            for i, (line, token) in enumerate(lines)
+            if line.add(token, self._piece(token), token in self._eos)
+        ]
         self._unfinished = [self._unfinished[i] for i in going_on]
         if not going_on:
             return None
         if len(going_on) < len(tokens):
             reading, tokens = reading.select(going_on), tokens[going_on]
         column = tokens[:, None]
-        reading.logits = reading.extend(column, torch.ones_like(column), torch.arange(len(tokens), device=tokens.device))
+        reading.logits = reading.extend(
+            column, torch.ones_like(column), torch.arange(len(tokens), device=tokens.device)
+        )
         return reading
 
     def _piece(self, token: int) -> str:

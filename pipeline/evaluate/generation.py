@@ -1,6 +1,7 @@
 """The `generation` protocol: what the model says by itself, decoded greedily from the question alone.
 
-Reliability is exact match after SQuAD's normalisation; `*_contains` asks only that the answer stands in what was said.
+Reliability is exact match after SQuAD's normalisation; `*_contains` asks only that the answer stands in what
+was said.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ def questions(fact: Fact) -> Iterator[str]:
 def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dict[str, Any]:
     """The record's scores, and the raw generations that they come from.
 
-    `reference` is what this function returned for the original model; None for the original itself (no locality then).
+    `reference` is what this function returned for the original model; None for the original itself (no
+    locality then).
     """
     generated = outputs.generated
     said = generated[fact.prompt]
     rephrasings = [generated[rephrasing] for rephrasing in fact.rephrasings]
     locality = [generated[probe.prompt] for probe in fact.locality]
     portability = [generated[probe.prompt] for probe in fact.portability]
-    asked = [(text, probe.answers) for text, probe in zip(portability, fact.portability, strict=True) if probe.answers]
+    asked = [
+        (text, probe.answers)
+        for text, probe in zip(portability, fact.portability, strict=True)
+        if probe.answers
+    ]
     old, new = fact.old_answers, [fact.new_answer]
     scores: dict[str, float | None] = {
         "reliability": float(is_match(said, new)),
@@ -46,7 +52,13 @@ def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dic
         "old_reliability": float(is_match(said, old)) if old else None,
         "old_reliability_contains": float(contains(said, old)) if old else None,
     }
-    return {"scores": scores, "answer": said, "rephrasings": rephrasings, "locality": locality, "portability": portability}
+    return {
+        "scores": scores,
+        "answer": said,
+        "rephrasings": rephrasings,
+        "locality": locality,
+        "portability": portability,
+    }
 
 
 def gives_old(said: str, fact: Fact) -> bool:
@@ -65,4 +77,6 @@ def gives_old(said: str, fact: Fact) -> bool:
 
 
 def _share_unchanged(after: list[str], before: list[str]) -> float | None:
-    return mean([float(normalise(left) == normalise(right)) for left, right in zip(after, before, strict=True)])
+    return mean(
+        [float(normalise(left) == normalise(right)) for left, right in zip(after, before, strict=True)]
+    )

@@ -11,9 +11,11 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and extra blanks (SQuAD 1.1's evaluation script).
+    """Lower case, without ASCII punctuation, English articles and extra blanks (SQuAD 1.1's evaluation
+    script).
 
-    An answer that consists of nothing else (`The The`, `A`, `!!!`) is kept as it is, in lower case: it must not match everything.
+    An answer that consists of nothing else (`The The`, `A`, `!!!`) is kept as it is, in lower case: it must
+    not match everything.
     """
     lower = " ".join(text.lower().split())
     return " ".join(_ARTICLES.sub(" ", lower.translate(_PUNCTUATION)).split()) or lower

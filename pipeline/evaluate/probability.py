@@ -1,6 +1,8 @@
-"""The `probability` protocol (ROME): which of the new and the old answer the model holds more likely, in nats a token.
+"""The `probability` protocol (ROME): which of the new and the old answer the model holds more likely, in nats
+a token.
 
-Reliability is ROME's efficacy score (ES), generality its paraphrase score (PS), locality its neighbourhood score (NS).
+Reliability is ROME's efficacy score (ES), generality its paraphrase score (PS), locality its neighbourhood
+score (NS).
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from pipeline.evaluate.scores import METRICS, mean
 from pipeline.facts.fact import Fact
 
 _NEIGHBOURS = "neighborhood"
-"""The kind of locality probe that asks for the fact's own old answer, about another subject (ROME's neighbourhood prompts)."""
+"""The kind of locality probe that asks for the fact's own old answer, about another subject (ROME's
+neighbourhood prompts).
+"""
 
 Logprobs = dict[str, float]
 """The log-likelihoods of the `new` and of the `old` answer to one question."""
@@ -28,12 +32,18 @@ def pairs(fact: Fact) -> Iterator[Pair]:
 
 
 def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dict[str, Any]:
-    """The record's scores, and the log-likelihoods that they come from: of the prompt, of each rephrasing, of each neighbour.
+    """The record's scores, and the log-likelihoods that they come from: of the prompt, of each rephrasing, of
+    each neighbour.
 
     Nothing is compared with the `reference`: the neighbourhood score looks at one model alone.
     """
     if fact.old_answer is None:
-        return {"scores": dict.fromkeys(METRICS["probability"]), "logprobs": [], "rephrasings": [], "neighbours": []}
+        return {
+            "scores": dict.fromkeys(METRICS["probability"]),
+            "logprobs": [],
+            "rephrasings": [],
+            "neighbours": [],
+        }
     logprobs = _logprobs(fact, [fact.prompt], outputs.forced)
     rephrasings = _logprobs(fact, fact.rephrasings, outputs.forced)
     neighbours = _logprobs(fact, _neighbours(fact), outputs.forced)
@@ -56,7 +66,9 @@ def _neighbours(fact: Fact) -> list[str]:
 def _logprobs(fact: Fact, questions: list[str], forced: Mapping[Pair, Forced]) -> list[Logprobs]:
     assert fact.old_answer is not None
     answers = {"new": fact.new_answer, "old": fact.old_answer}
-    return [{name: forced[question, answer].logprob for name, answer in answers.items()} for question in questions]
+    return [
+        {name: forced[question, answer].logprob for name, answer in answers.items()} for question in questions
+    ]
 
 
 def _share_higher(higher: str, lower: str, logprobs: list[Logprobs]) -> float | None:

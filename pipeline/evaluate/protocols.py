@@ -13,9 +13,11 @@ Json = dict[str, Any]
 
 
 class Protocol(NamedTuple):
-    """One way of scoring a model. `score(fact, outputs, reference)` returns `scores` by metric (None: there is none) and raw outputs.
+    """One way of scoring a model. `score(fact, outputs, reference)` returns `scores` by metric (None: there
+    is none) and raw outputs.
 
-    `reference` is what `score` returned for the same fact and the original model, or None for the original model itself.
+    `reference` is what `score` returned for the same fact and the original model, or None for the original
+    model itself.
     """
 
     pairs: Callable[[Fact], Iterable[Pair]]

@@ -1,4 +1,5 @@
-"""The records of an evaluation on disk: every rank appends to a part of its own, and in the end they become one file.
+"""The records of an evaluation on disk: every rank appends to a part of its own, and in the end they become
+one file.
 
 A killed run leaves parts; whatever rows they hold are not computed again, even by another number of ranks.
 """
@@ -22,7 +23,9 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def recover(folder: Path) -> set[str]:
-    """Ids of the records that a killed run finished in `folder`. A last line that was cut off is removed from its part."""
+    """Ids of the records that a killed run finished in `folder`. A last line that was cut off is removed from
+    its part.
+    """
     for part in _parts(folder):
         _drop_torn_line(part)
     return set(_finished(folder))

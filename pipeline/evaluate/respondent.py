@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Question:
-    """A question's tokens, the answers to be forced after them, and whether the model shall answer freely, too."""
+    """A question's tokens, the answers to be forced after them, and whether the model shall answer freely,
+    too.
+    """
 
     ids: list[int]
     record: str
@@ -36,7 +38,9 @@ class Question:
 class Respondent:
     """Answers for `model`; `outputs` holds all that it has said so far."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, prompter: Prompter, settings: Evaluate) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, prompter: Prompter, settings: Evaluate
+    ) -> None:
         self.outputs = Outputs()
         self._forward = Forward(model)
         self._prompter = prompter
@@ -48,8 +52,8 @@ class Respondent:
     def ask(self, facts: Sequence[Fact]) -> None:
         """Have `outputs` hold everything that the protocols want to know about `facts`.
 
-        Raises InputError for a text longer than the model's positions, FloatingPointError for logits that are not numbers;
-        both name the record.
+        Raises InputError for a text longer than the model's positions, FloatingPointError for logits that are
+        not numbers; both name the record.
         """
         questions = self._questions(facts)
         lines: dict[str, Line] = {}
@@ -66,13 +70,20 @@ class Respondent:
         def question(ids: list[int], record: str) -> Question:
             return found.setdefault(tuple(ids), Question(ids, record))
 
-        pairs = {pair: fact.id for fact in facts for protocol in self._protocols for pair in protocol.pairs(fact)}
+        pairs = {
+            pair: fact.id for fact in facts for protocol in self._protocols for pair in protocol.pairs(fact)
+        }
         wanted = [pair for pair in pairs if pair not in self.outputs.forced]
         for pair, encoded in zip(wanted, self._prompter.encode_many(wanted, eos=False), strict=True):
             self._check_length(encoded.ids, pairs[pair])
             start = encoded.answer_start
             question(encoded.ids[:start], pairs[pair]).answers[pair] = encoded.ids[start:]
-        texts = {text: fact.id for fact in facts for protocol in self._protocols for text in protocol.questions(fact)}
+        texts = {
+            text: fact.id
+            for fact in facts
+            for protocol in self._protocols
+            for text in protocol.questions(fact)
+        }
         for text in (text for text in texts if text not in self.outputs.generated):
             ids = self._prompter.encode_question(text)
             self._check_length(ids, texts[text])
@@ -81,20 +92,38 @@ class Respondent:
 
     def _answer(self, questions: list[Question]) -> dict[str, Line]:
         """Read the questions, judge the answers to them, and begin the free ones: {text: line}."""
-        reading = self._forward.read([question.ids for question in questions], [question.record for question in questions])
-        asked = [(pair, (row, ids)) for row, question in enumerate(questions) for pair, ids in question.answers.items()]
+        reading = self._forward.read(
+            [question.ids for question in questions], [question.record for question in questions]
+        )
+        asked = [
+            (pair, (row, ids))
+            for row, question in enumerate(questions)
+            for pair, ids in question.answers.items()
+        ]
         forced = force(reading, [answer for _, answer in asked], self._batch_size)
         self.outputs.forced.update({pair: result for (pair, _), result in zip(asked, forced, strict=True)})
         rows = [row for row, question in enumerate(questions) if question.free]
-        lines = self._generator.add(reading.select(rows), [self._budget(questions[row]) for row in rows]) if rows else []
+        lines = (
+            self._generator.add(reading.select(rows), [self._budget(questions[row]) for row in rows])
+            if rows
+            else []
+        )
         return {text: line for row, line in zip(rows, lines, strict=True) for text in questions[row].free}
 
     def _budget(self, question: Question) -> int:
-        """New tokens for `question`: the last one is never read, so it may lie one place beyond the model's last position."""
+        """New tokens for `question`: the last one is never read, so it may lie one place beyond the model's
+        last position.
+        """
         limit = self._forward.max_positions
-        return self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - len(question.ids) + 1)
+        return (
+            self._max_new_tokens
+            if limit is None
+            else min(self._max_new_tokens, limit - len(question.ids) + 1)
+        )
 
     def _check_length(self, ids: list[int], record: str) -> None:
         limit = self._forward.max_positions
         if limit is not None and len(ids) > limit:
-            raise InputError(f"record {record}: {len(ids)} tokens are more than the model's {limit} positions; drop or shorten this fact")
+            raise InputError(
+                f"record {record}: {len(ids)} tokens are more than the model's {limit} positions; drop or shorten this fact"
+            )

@@ -11,12 +11,20 @@ _COMMON = ("reliability", "generality", "locality", "portability", "leakage", "o
 METRICS: dict[str, tuple[str, ...]] = {
     "token": _COMMON,
     "probability": _COMMON,
-    "generation": (*_COMMON, "reliability_contains", "generality_contains", "portability_contains", "old_reliability_contains"),
+    "generation": (
+        *_COMMON,
+        "reliability_contains",
+        "generality_contains",
+        "portability_contains",
+        "old_reliability_contains",
+    ),
 }
 """Every protocol's scores of one record; each protocol means its own thing by them."""
 
 Row = dict[str, Any]
-"""One fact's record: `id`, `knows_old`, and for each protocol its `scores` (null where a score does not exist) and raw outputs."""
+"""One fact's record: `id`, `knows_old`, and for each protocol its `scores` (null where a score does not
+exist) and raw outputs.
+"""
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -34,7 +42,8 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def aggregate(rows: Sequence[Row], protocols: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """For each of `protocols` its metrics' means over `rows`, with `counts` (records that have the score) and `stderr`.
+    """For each of `protocols` its metrics' means over `rows`, with `counts` (records that have the score) and
+    `stderr`.
 
     `probability` also gets ROME's `S`, the harmonic mean of its three scores.
     """

@@ -1,6 +1,7 @@
 """The `token` protocol (EasyEdit): teacher-forced argmax, token by token.
 
-It flatters: the answer's earlier tokens are given, so a model that would say something else altogether still gets points.
+It flatters: the answer's earlier tokens are given, so a model that would say something else altogether still
+gets points.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def pairs(fact: Fact) -> Iterator[Pair]:
 
 
 def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dict[str, Any]:
-    """The record's scores, and the argmax tokens at its locality answers, which later models are compared with.
+    """The record's scores, and the argmax tokens at its locality answers, which later models are compared
+    with.
 
-    `reference` is what this function returned for the original model; None for the original itself (no locality then).
+    `reference` is what this function returned for the original model; None for the original itself (no
+    locality then).
     """
     forced = outputs.forced
     old = forced[fact.prompt, fact.old_answer] if fact.old_answer is not None else None
@@ -36,7 +39,9 @@ def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dic
         "reliability": forced[fact.prompt, fact.new_answer].accuracy,
         "generality": mean([forced[rephrasing, fact.new_answer].accuracy for rephrasing in fact.rephrasings]),
         "locality": None if reference is None else _agreements(locality, reference["locality_argmax"]),
-        "portability": mean([forced[probe.prompt, probe.answers[0]].accuracy for probe in _answered(fact.portability)]),
+        "portability": mean(
+            [forced[probe.prompt, probe.answers[0]].accuracy for probe in _answered(fact.portability)]
+        ),
         "leakage": None if old is None else float(old.accuracy == 1),
         "old_reliability": None if old is None else old.accuracy,
     }

@@ -29,8 +29,8 @@ _Groups = dict[str, list[int]]
 def find_conflicts(facts: list[Fact]) -> list[Conflict]:
     """Every contradiction among `facts`, of four kinds; a fact may be in several.
 
-    `same_prompt`, `same_rephrasing`: two facts share the text. `rephrasing_is_a_prompt`: one fact's rephrasing is another
-    one's prompt. `same_subject_and_old_answer`: the same thing asked in other words.
+    `same_prompt`, `same_rephrasing`: two facts share the text. `rephrasing_is_a_prompt`: one fact's
+    rephrasing is another one's prompt. `same_subject_and_old_answer`: the same thing asked in other words.
     """
     prompts = _group(facts, lambda fact: [fact.prompt])
     rephrasings = _group(facts, lambda fact: fact.rephrasings)
@@ -46,14 +46,16 @@ def find_conflicts(facts: list[Fact]) -> list[Conflict]:
 def resolve_conflicts(facts: list[Fact], policy: Policy) -> tuple[list[Fact], list[Conflict]]:
     """The facts that stay under `policy`, in order, and all contradictions found.
 
-    `drop` removes every fact of a contradiction; `keep_first` removes a fact that contradicts an earlier one that stays;
-    `error` raises InputError if there is any.
+    `drop` removes every fact of a contradiction; `keep_first` removes a fact that contradicts an earlier one
+    that stays; `error` raises InputError if there is any.
     """
     conflicts = find_conflicts(facts)
     if not conflicts:
         return facts, []
     if policy == "error":
-        raise InputError(f"facts.conflicts=error: {_describe(conflicts, facts)}; set facts.conflicts to drop or keep_first")
+        raise InputError(
+            f"facts.conflicts=error: {_describe(conflicts, facts)}; set facts.conflicts to drop or keep_first"
+        )
     if policy == "keep_first":
         return list(_first_of_each(facts)), conflicts
     dropped = {i for conflict in conflicts for i in conflict.facts}
@@ -91,14 +93,20 @@ def _disagreeing(kind: str, groups: _Groups, facts: list[Fact]) -> Iterator[Conf
 
 def _across(rephrasings: _Groups, prompts: _Groups, facts: list[Fact]) -> Iterator[Conflict]:
     for key in filter(prompts.__contains__, rephrasings):
-        members = [i for i in rephrasings[key] if any(facts[i].new_answer != facts[j].new_answer for j in prompts[key])]
+        members = [
+            i
+            for i in rephrasings[key]
+            if any(facts[i].new_answer != facts[j].new_answer for j in prompts[key])
+        ]
         others = [j for j in prompts[key] if any(facts[i].new_answer != facts[j].new_answer for i in members)]
         if members:
             yield Conflict("rephrasing_is_a_prompt", key, sorted({*members, *others}))
 
 
 def _first_of_each(facts: list[Fact]) -> Iterator[Fact]:
-    """Each fact in turn lays its claim to its questions; one that finds a question answered otherwise is left out."""
+    """Each fact in turn lays its claim to its questions; one that finds a question answered otherwise is left
+    out.
+    """
     claimed: dict[tuple[str, str], str] = {}
     for fact in facts:
         questions = [("question", text) for text in (fact.prompt, *fact.rephrasings)]

@@ -1,4 +1,6 @@
-"""One fact that changed, with what is asked about it: the record that every reader yields and every stage reads."""
+"""One fact that changed, with what is asked about it: the record that every reader yields and every stage
+reads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pipeline.artifact import write_text
 
 @dataclass(frozen=True)
 class Probe:
-    """A question beside the fact itself. Any of `answers` is right; `kind` is the source's own name for the group."""
+    """A question beside the fact itself. Any of `answers` is right; `kind` is the source's own name for the
+    group.
+    """
 
     prompt: str
     answers: list[str]
@@ -22,7 +26,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class Fact:
-    """A question whose answer changed. `old_answers` may be empty (nobody recorded it); its first entry is the one to forget."""
+    """A question whose answer changed. `old_answers` may be empty (nobody recorded it); its first entry is
+    the one to forget.
+    """
 
     id: str
     prompt: str
@@ -44,7 +50,9 @@ class Fact:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Fact:
         """The inverse of `dataclasses.asdict`."""
-        probes = {name: [Probe(**probe) for probe in value.get(name, [])] for name in ("locality", "portability")}
+        probes = {
+            name: [Probe(**probe) for probe in value.get(name, [])] for name in ("locality", "portability")
+        }
         return cls(**{**value, **probes})
 
 

@@ -24,7 +24,9 @@ def optional_text(row: dict[str, Any], name: str) -> str:
 
 
 def texts(row: dict[str, Any], name: str) -> list[str]:
-    """The non-empty texts of a field that is a text, a list of texts, a list of lists of texts (aliases), or absent."""
+    """The non-empty texts of a field that is a text, a list of texts, a list of lists of texts (aliases), or
+    absent.
+    """
     value = row.get(name)
     return [] if value is None else _flat(value, name)
 
@@ -52,9 +54,13 @@ def sequence(value: Any, name: str) -> list[Any]:
 
 
 def probes(value: Any, name: str, prompt: str, answers: str, label: str) -> list[Probe]:
-    """The probes of a list of objects whose fields `prompt` (a text, or a list of texts) and `answers` are so named."""
+    """The probes of a list of objects whose fields `prompt` (a text, or a list of texts) and `answers` are so
+    named.
+    """
     items = [mapping(item, f"{name}[{i}]") for i, item in enumerate(sequence(value, name))]
-    return [Probe(question, texts(item, answers), label) for item in items for question in texts(item, prompt)]
+    return [
+        Probe(question, texts(item, answers), label) for item in items for question in texts(item, prompt)
+    ]
 
 
 def kind(value: Any) -> str:

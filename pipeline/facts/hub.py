@@ -1,4 +1,6 @@
-"""Records of a Hugging Face data set: a hub id `owner/name`, `owner/name:split`, or a folder that `datasets` can load."""
+"""Records of a Hugging Face data set: a hub id `owner/name`, `owner/name:split`, or a folder that `datasets`
+can load.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def load_records(name: str) -> list[dict[str, Any]]:
 
     try:
         loaded = load_dataset(path, split=split or None)
-    except Exception as error:  # every builder raises its own kind, and all mean that the user's data set was not to be had
+    except (
+        Exception
+    ) as error:  # every builder raises its own kind, and all mean that the user's data set was not to be had
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"facts.path: {name}: datasets cannot load it ({type(error).__name__}: {reason}); give a local JSON file"
@@ -33,11 +37,15 @@ def _parse(name: str) -> tuple[str, str]:
         return name, ""
     path, _, split = name.partition(":")
     if Path(name).is_absolute() or path.count("/") != 1:
-        raise InputError(f"facts.path: {name}: no such file or folder, and not a hub id (owner/name or owner/name:split)")
+        raise InputError(
+            f"facts.path: {name}: no such file or folder, and not a hub id (owner/name or owner/name:split)"
+        )
     return path, split
 
 
 def _choose(name: str, splits: list[str]) -> str:
     if len(splits) > 1 and "train" not in splits:
-        raise InputError(f"facts.path: {name} has the splits {', '.join(splits)}; name one, as in {name}:{splits[0]}")
+        raise InputError(
+            f"facts.path: {name} has the splits {', '.join(splits)}; name one, as in {name}:{splits[0]}"
+        )
     return "train" if "train" in splits else splits[0]

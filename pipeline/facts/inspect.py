@@ -1,4 +1,6 @@
-"""What is in a data file: its schema, what its facts have and lack, contradictions, and malformed records by line."""
+"""What is in a data file: its schema, what its facts have and lack, contradictions, and malformed records by
+line.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _NUM_SHOWN = 20
 def inspect(path: str | list[str], format: str = "auto") -> dict[str, Any]:
     """A report on the file, folder or hub id at `path`, as JSON values; see `render` for the text.
 
-    Malformed records are listed, not refused. Raises InputError for a file that cannot be read, or of no known schema.
+    Malformed records are listed, not refused. Raises InputError for a file that cannot be read, or of no
+    known schema.
     """
     reading = read(path, format)
     reasons = [unusable(fact, needs_old_answer=False) for fact in reading.facts]
@@ -48,9 +51,16 @@ def render(report: dict[str, Any]) -> str:
         f"  fields: {_counts(report['fields'], report['num_records'])}",
         f"  facts having: {_counts(report['having'], report['num_facts'])}",
         *_section("dropped", [f"{reason}: {count}" for reason, count in report["dropped"].items()]),
-        *_section("locality and portability questions dropped", [f"{k}: {n}" for k, n in report["dropped_probes"].items()]),
         *_section(
-            "contradictions", [f"{kind}: {n['num_facts']} facts in {n['num_groups']} groups" for kind, n in report["conflicts"].items()]
+            "locality and portability questions dropped",
+            [f"{k}: {n}" for k, n in report["dropped_probes"].items()],
+        ),
+        *_section(
+            "contradictions",
+            [
+                f"{kind}: {n['num_facts']} facts in {n['num_groups']} groups"
+                for kind, n in report["conflicts"].items()
+            ],
         ),
         *_bad_rows(report["bad_rows"]),
         *_section("examples", [line for example in report["examples"] for line in _example(example)]),
@@ -71,7 +81,9 @@ def _having(facts: list[Fact]) -> dict[str, int]:
 
 def _counts(counts: dict[str, int], total: int) -> str:
     """Names, with the count where it is not the total."""
-    return ", ".join(name if count == total else f"{name} ({count} of {total})" for name, count in counts.items())
+    return ", ".join(
+        name if count == total else f"{name} ({count} of {total})" for name, count in counts.items()
+    )
 
 
 def _section(title: str, lines: list[str]) -> list[str]:
@@ -90,8 +102,12 @@ def _example(example: dict[str, Any]) -> list[str]:
     parts = [f"[{example['id']}] {example['prompt']}", f"  {old} -> {example['new_answer']}"]
     parts += [f"  rephrased: {text}" for text in example["rephrasings"][:2]]
     for name in ("locality", "portability"):
-        parts += [f"  {name}: {probe['prompt']} -> {_alternatives(probe['answers'])}" for probe in example[name][:2]]
-    return [textwrap.shorten(part.strip(), 160, placeholder=" ...") if len(part) > 160 else part for part in parts]
+        parts += [
+            f"  {name}: {probe['prompt']} -> {_alternatives(probe['answers'])}" for probe in example[name][:2]
+        ]
+    return [
+        textwrap.shorten(part.strip(), 160, placeholder=" ...") if len(part) > 160 else part for part in parts
+    ]
 
 
 def _alternatives(answers: list[str]) -> str:

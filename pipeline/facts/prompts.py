@@ -1,8 +1,9 @@
 """How a question becomes the model's input: the same for training and for evaluation.
 
-Prompt and answer are tokenised together, as one text, and split by character offsets: an answer tokenised alone gets
-another first token (a BOS, or a lost leading space) in most tokenizers. The question ends before the blank that
-separates it from the answer, so that a generated answer begins with the same token (` Paris`) as a trained one.
+Prompt and answer are tokenised together, as one text, and split by character offsets: an answer tokenised
+alone gets another first token (a BOS, or a lost leading space) in most tokenizers. The question ends before
+the blank that separates it from the answer, so that a generated answer begins with the same token (` Paris`)
+as a trained one.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Stanford Alpaca's prompt for an instruction without input. Its answers follow the colon directly, with no blank.
+# Stanford Alpaca's prompt for an instruction without input. Its answers follow the colon directly, with no
+# blank.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:"
 )
 
-# A chat template that writes today's date, or opens a chain of thought, would give another text tomorrow, or no short answer.
+# A chat template that writes today's date, or opens a chain of thought, would give another text tomorrow, or
+# no short answer.
 _CHAT_SETTINGS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a question and its answer; `ids[answer_start:]` are the answer's (and EOS's, if asked for)."""
+    """Token ids of a question and its answer; `ids[answer_start:]` are the answer's (and EOS's, if asked
+    for).
+    """
 
     ids: list[int]
     answer_start: int
@@ -39,25 +44,33 @@ class Encoded:
 class Prompter:
     """Encodes questions for one tokenizer and one template.
 
-    Raises InputError for a tokenizer without EOS, without character offsets (a slow one), without the BOS that
-    `add_bos` asks for or the chat template that `chat` asks for, and for a template without `{prompt}`.
+    Raises InputError for a tokenizer without EOS, without character offsets (a slow one), without the BOS
+    that `add_bos` asks for or the chat template that `chat` asks for, and for a template without `{prompt}`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if tokenizer.eos_token_id is None:
-            raise InputError(f"tokenizer {name} has no EOS token: an answer could not end; set eos_token in its tokenizer_config.json")
+            raise InputError(
+                f"tokenizer {name} has no EOS token: an answer could not end; set eos_token in its tokenizer_config.json"
+            )
         if not tokenizer.is_fast:
-            raise InputError(f"tokenizer {name} is a slow one, without character offsets; convert it to a tokenizer.json")
+            raise InputError(
+                f"tokenizer {name} is a slow one, without character offsets; convert it to a tokenizer.json"
+            )
         if prompt.add_bos and tokenizer.bos_token_id is None:
             raise InputError(f"prompt.add_bos: tokenizer {name} has no BOS token; leave add_bos out")
         if prompt.template == "chat" and not tokenizer.chat_template:
-            raise InputError(f"prompt.template: tokenizer {name} has no chat template; take plain, alpaca or a text with {{prompt}}")
+            raise InputError(
+                f"prompt.template: tokenizer {name} has no chat template; take plain, alpaca or a text with {{prompt}}"
+            )
         self._tokenizer: Any = tokenizer
         self._template = {"plain": "{prompt}", "alpaca": _ALPACA}.get(prompt.template, prompt.template)
         self._is_chat = prompt.template == "chat"
         if not self._is_chat and "{prompt}" not in self._template:
-            raise InputError(f"prompt.template: {prompt.template!r} is none of plain, alpaca, chat and has no {{prompt}} in it")
+            raise InputError(
+                f"prompt.template: {prompt.template!r} is none of plain, alpaca, chat and has no {{prompt}} in it"
+            )
         self._add_bos = prompt.add_bos
         self._prefix = [] if self._is_chat else self._own_prefix()
         self._separator = self._find_separator(prompt.template)
@@ -77,8 +90,8 @@ class Prompter:
     def encode(self, question: str, answer: str, eos: bool) -> Encoded:
         """Ids of question and answer, tokenised as one text; with `eos`, the EOS token at the end.
 
-        A token that holds both the question's end and the answer's beginning belongs to the answer. Blanks around the
-        answer do not count. Raises InputError for an empty answer.
+        A token that holds both the question's end and the answer's beginning belongs to the answer. Blanks
+        around the answer do not count. Raises InputError for an empty answer.
         """
         return self.encode_many([(question, answer)], eos)[0]
 
@@ -87,16 +100,25 @@ class Prompter:
         if not pairs:
             return []
         questions = [self.question(question) for question, _ in pairs]
-        texts = [before + self._separator + _checked(answer, pair[0]) for before, (*pair, answer) in zip(questions, pairs, strict=True)]
+        texts = [
+            before + self._separator + _checked(answer, pair[0])
+            for before, (*pair, answer) in zip(questions, pairs, strict=True)
+        ]
         batch = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         rows = zip(batch["input_ids"], batch["offset_mapping"], questions, pairs, strict=True)
         return [self._split(ids, offsets, len(before), eos, pair) for ids, offsets, before, pair in rows]
 
-    def _split(self, body: list[int], offsets: list[tuple[int, int]], boundary: int, eos: bool, pair: tuple[str, str]) -> Encoded:
-        """`boundary` is the question's length in characters: the first token that reaches beyond it opens the answer."""
+    def _split(
+        self, body: list[int], offsets: list[tuple[int, int]], boundary: int, eos: bool, pair: tuple[str, str]
+    ) -> Encoded:
+        """`boundary` is the question's length in characters: the first token that reaches beyond it opens the
+        answer.
+        """
         num_question = next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(body))
         if num_question == len(body):
-            raise InputError(f"the tokenizer makes no token of the answer {pair[1]!r} to {pair[0]!r}; drop this fact")
+            raise InputError(
+                f"the tokenizer makes no token of the answer {pair[1]!r} to {pair[0]!r}; drop this fact"
+            )
         ids = self._open(body)
         start = num_question + len(ids) - len(body)
         if eos and ids[-1] != self._tokenizer.eos_token_id:
@@ -110,12 +132,16 @@ class Prompter:
         return self._render_chat([{"role": "user", "content": question}], add_generation_prompt=True)
 
     def _render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **_CHAT_SETTINGS)
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **_CHAT_SETTINGS
+        )
         assert isinstance(text, str)
         return text
 
     def _find_separator(self, template: str) -> str:
-        """What stands between the question's text and its answer: the template's own blanks, else what is usual for it."""
+        """What stands between the question's text and its answer: the template's own blanks, else what is
+        usual for it.
+        """
         filled = self._fill("question")
         blanks = filled[len(filled.rstrip(" ")) :]
         if blanks or template == "alpaca" or filled.endswith("\n"):

@@ -1,4 +1,6 @@
-"""From a data file to facts: find its schema, read every record, and set the malformed ones aside with the reason."""
+"""From a data file to facts: find its schema, read every record, and set the malformed ones aside with the
+reason.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def refuse_bad_rows(reading: Reading) -> None:
         return
     shown = "; ".join(f"{row.where}: {row.reason}" for row in reading.bad_rows[:_NUM_SHOWN])
     more = f"; and {len(reading.bad_rows) - _NUM_SHOWN} more" if len(reading.bad_rows) > _NUM_SHOWN else ""
-    raise InputError(f"{reading.path}: {len(reading.bad_rows)} of {reading.num_records} records are malformed: {shown}{more}")
+    raise InputError(
+        f"{reading.path}: {len(reading.bad_rows)} of {reading.num_records} records are malformed: {shown}{more}"
+    )
 
 
 def _recognise(path: str, rows: list[Row], bad: list[BadRow], format: str) -> str:
@@ -69,9 +73,13 @@ def _recognise(path: str, rows: list[Row], bad: list[BadRow], format: str) -> st
     found = next((name for name in map(detect, sniffed) if name), None)
     if found is None:
         known = ", ".join(READERS)
-        raise InputError(f"{path}: unknown schema with the fields {', '.join(sniffed[0])}; known ones are {known} (see docs/facts.md)")
+        raise InputError(
+            f"{path}: unknown schema with the fields {', '.join(sniffed[0])}; known ones are {known} (see docs/facts.md)"
+        )
     if format not in ("auto", found):
-        raise InputError(f"{path}: does not look like {format}: looks like {found}; set facts.format={found} or auto")
+        raise InputError(
+            f"{path}: does not look like {format}: looks like {found}; set facts.format={found} or auto"
+        )
     return found
 
 
@@ -81,11 +89,15 @@ def _reader(name: str, old_answer: str) -> Callable[[dict[str, Any], str], list[
 
 def _paired(old: list[Row], new: list[Row], paths: list[str], name: str) -> list[Row]:
     if name != "alpaca":
-        raise InputError(f"facts.path: two files are an [old, new] pair of Alpaca files, but {paths[1]} looks like {name}; give one file")
+        raise InputError(
+            f"facts.path: two files are an [old, new] pair of Alpaca files, but {paths[1]} looks like {name}; give one file"
+        )
     return alpaca.pair(old, new)
 
 
-def _read_facts(rows: list[Row], reader: Callable[[dict[str, Any], str], list[Fact]]) -> tuple[list[Fact], list[BadRow]]:
+def _read_facts(
+    rows: list[Row], reader: Callable[[dict[str, Any], str], list[Fact]]
+) -> tuple[list[Fact], list[BadRow]]:
     facts: list[Fact] = []
     bad: list[BadRow] = []
     taken: set[str] = set()

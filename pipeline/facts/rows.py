@@ -1,4 +1,6 @@
-"""A data file's raw records with their places: a JSON array, JSON lines, or a data set that `datasets` loads."""
+"""A data file's raw records with their places: a JSON array, JSON lines, or a data set that `datasets`
+loads.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class BadRow(NamedTuple):
 
 
 def read_rows(path: str) -> tuple[list[Row], list[BadRow]]:
-    """All records of a file, a folder or hub id that `datasets` can load; and the ones that are no JSON objects.
+    """All records of a file, a folder or hub id that `datasets` can load; and the ones that are no JSON
+    objects.
 
     Raises InputError if there is no such file, it is no text, or neither a JSON array nor JSON lines.
     """
@@ -54,7 +57,11 @@ def _read_text(path: str) -> str:
 def _sort(values: list[tuple[str, Any]], bad: list[BadRow]) -> tuple[list[Row], list[BadRow]]:
     """Set aside what is no object with named fields."""
     rows = [Row(where, value) for where, value in values if isinstance(value, dict)]
-    others = [BadRow(where, f"expected an object with named fields, found {kind(v)}") for where, v in values if not isinstance(v, dict)]
+    others = [
+        BadRow(where, f"expected an object with named fields, found {kind(v)}")
+        for where, v in values
+        if not isinstance(v, dict)
+    ]
     return rows, bad + others
 
 

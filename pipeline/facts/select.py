@@ -1,4 +1,6 @@
-"""Which facts an experiment uses: drop the unusable, resolve contradictions, keep the first `limit`; count every loss."""
+"""Which facts an experiment uses: drop the unusable, resolve contradictions, keep the first `limit`; count
+every loss.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Selection:
 
 
 def select(facts: list[Fact], config: Facts, needs_old_answer: bool) -> Selection:
-    """The facts to use. Raises InputError if none is left, or for a contradiction where `config.conflicts` is `error`."""
+    """The facts to use. Raises InputError if none is left, or for a contradiction where `config.conflicts` is
+    `error`.
+    """
     dropped: Counter[str] = Counter()
     usable = []
     for fact in facts:
@@ -61,8 +65,8 @@ def unusable(fact: Fact, needs_old_answer: bool) -> str | None:
 def clean_probes(facts: list[Fact]) -> tuple[list[Fact], Counter[str]]:
     """`facts` without questions that cannot be scored, and how many there were of each sort.
 
-    `no_answer`: the data give none. `edited_question`: a locality question that another fact changes (CounterFact: 216 of
-    10,000): its answer is not meant to stay.
+    `no_answer`: the data give none. `edited_question`: a locality question that another fact changes
+    (CounterFact: 216 of 10,000): its answer is not meant to stay.
     """
     edited = {text for fact in facts for text in (fact.prompt, *fact.rephrasings)}
     dropped: Counter[str] = Counter()
@@ -72,7 +76,10 @@ def clean_probes(facts: list[Fact]) -> tuple[list[Fact], Counter[str]]:
         dropped.update(reason for reason in reasons if reason)
         return [probe for probe, reason in zip(probes, reasons, strict=True) if not reason]
 
-    cleaned = [replace(fact, locality=kept(fact.locality, True), portability=kept(fact.portability, False)) for fact in facts]
+    cleaned = [
+        replace(fact, locality=kept(fact.locality, True), portability=kept(fact.portability, False))
+        for fact in facts
+    ]
     return cleaned, dropped
 
 

@@ -21,7 +21,9 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
     refuse_bad_rows(reading)
     selection = select(reading.facts, config, section["needs_old_answer"])
     write_facts(out / "facts.jsonl", selection.facts)
-    log.info("facts: %d of %d from %s (%s)", len(selection.facts), len(reading.facts), reading.path, reading.format)
+    log.info(
+        "facts: %d of %d from %s (%s)", len(selection.facts), len(reading.facts), reading.path, reading.format
+    )
     return {
         "format": reading.format,
         "num_records": reading.num_records,
@@ -43,11 +45,16 @@ def _losses(selection: Selection, config: Facts, num_read: int) -> list[str]:
     """What was taken out of the data, as sentences."""
     dropped = dict(selection.dropped)
     contradicting = dropped.pop("contradiction", 0)
-    warnings = [f"{count} of {num_read} facts were dropped: {reason.replace('_', ' ')}" for reason, count in dropped.items()]
+    warnings = [
+        f"{count} of {num_read} facts were dropped: {reason.replace('_', ' ')}"
+        for reason, count in dropped.items()
+    ]
     if selection.conflicts:
         num_facts = len({i for conflict in selection.conflicts for i in conflict.facts})
         share = f"{num_facts} of {num_read} facts ({num_facts / num_read:.1%})"
-        warnings.append(f"{share} contradict another fact; {contradicting} of them were dropped (facts.conflicts={config.conflicts})")
+        warnings.append(
+            f"{share} contradict another fact; {contradicting} of them were dropped (facts.conflicts={config.conflicts})"
+        )
     num_edited = selection.dropped_probes["edited_question"]
     if num_edited:
         warnings.append(f"{num_edited} locality questions were dropped: another fact changes their answer")
@@ -57,7 +64,9 @@ def _losses(selection: Selection, config: Facts, num_read: int) -> list[str]:
 def _gaps(facts: list[Fact]) -> list[str]:
     """What the data cannot tell, as sentences."""
     lacking = {
-        "an old answer: nothing to forget, and no leakage to measure": sum(not fact.old_answers for fact in facts),
+        "an old answer: nothing to forget, and no leakage to measure": sum(
+            not fact.old_answers for fact in facts
+        ),
         "a rephrasing: no generality": sum(not fact.rephrasings for fact in facts),
         "a locality question: no locality": sum(not fact.locality for fact in facts),
     }
@@ -66,8 +75,12 @@ def _gaps(facts: list[Fact]) -> list[str]:
 
 
 def _clashes(facts: list[Fact]) -> list[str]:
-    """CounterFact's neighbours share the old answer by construction, so that forgetting it must cost locality."""
+    """CounterFact's neighbours share the old answer by construction, so that forgetting it must cost
+    locality.
+    """
     num_clashing = sum(any(probe.answers[0] in fact.old_answers for probe in fact.locality) for fact in facts)
     if num_clashing < len(facts) / 10:  # a chance meeting here and there moves no score
         return []
-    return [f"in {num_clashing} of {len(facts)} facts a locality question's answer is the old answer itself: forgetting lowers locality"]
+    return [
+        f"in {num_clashing} of {len(facts)} facts a locality question's answer is the old answer itself: forgetting lowers locality"
+    ]

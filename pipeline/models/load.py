@@ -1,4 +1,6 @@
-"""The model that a stage made: its weights as a tensor source, its tokenizer, or the whole as a module that runs."""
+"""The model that a stage made: its weights as a tensor source, its tokenizer, or the whole as a module that
+runs.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,23 @@ _SLICE_ELEMENTS = 1 << 22
 
 
 def model_folder(artifact: Artifact) -> Path:
-    """The Hugging Face folder whose config and tokenizer belong to `artifact`: its own, or that of the model it was tuned from."""
+    """The Hugging Face folder whose config and tokenizer belong to `artifact`: its own, or that of the model
+    it was tuned from.
+    """
     while artifact.facts["model_kind"] != "folder":
         artifact = artifact.input("model")
     folder = Path(artifact.model_path)
     if not folder.is_dir():
-        raise InputError(f"{folder}: the model's folder has gone; put it back, or delete {artifact.folder} and run again")
+        raise InputError(
+            f"{folder}: the model's folder has gone; put it back, or delete {artifact.folder} and run again"
+        )
     return folder
 
 
 def open_weights(artifact: Artifact) -> TensorSource:
-    """The weights that `artifact` stands for, read in place: a folder's, an adapter's added to its base, or a ZeRO checkpoint's masters."""
+    """The weights that `artifact` stands for, read in place: a folder's, an adapter's added to its base, or a
+    ZeRO checkpoint's masters.
+    """
     from pipeline.weights.open import open_source
 
     path = Path(artifact.model_path)
@@ -38,13 +46,17 @@ def open_weights(artifact: Artifact) -> TensorSource:
 
 
 def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of `artifact`'s model (answers are found by character offsets, which slow ones do not give)."""
+    """The fast tokenizer of `artifact`'s model (answers are found by character offsets, which slow ones do
+    not give).
+    """
     from transformers import AutoTokenizer
 
     folder = model_folder(artifact)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast:
-        raise InputError(f"{folder}: this model has no fast tokenizer (tokenizer.json); convert it with transformers first")
+        raise InputError(
+            f"{folder}: this model has no fast tokenizer (tokenizer.json); convert it with transformers first"
+        )
     return tokenizer
 
 
@@ -68,13 +80,15 @@ def load_model(artifact: Artifact, device: str, dtype: torch.dtype) -> PreTraine
 def _from_folder(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    # With a device map each tensor goes straight to its device; without one the host would hold the model first.
+    # With a device map each tensor goes straight to its device; without one the host would hold the model
+    # first.
     placement = {} if device == "cpu" else {"device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)  # type: ignore[return-value]
 
 
 def empty_model(folder: Path, device: str, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
-    """A model whose parameters hold whatever was in memory, but whose computed buffers (rotary frequencies) are right.
+    """A model whose parameters hold whatever was in memory, but whose computed buffers (rotary frequencies)
+    are right.
 
     `settings` replace those of its config that it has; others are ignored.
     """

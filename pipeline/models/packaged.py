@@ -1,4 +1,6 @@
-"""Models that come inside a PyPI package, for machines that reach no model hub: their names, and where fetched ones lie."""
+"""Models that come inside a PyPI package, for machines that reach no model hub: their names, and where
+fetched ones lie.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,14 @@ def is_fetched(folder: Path) -> bool:
 
 
 def resolve(path: str) -> str:
-    """The folder of a packaged model's name; any other `path` unchanged. Raises InputError if it was not fetched yet."""
+    """The folder of a packaged model's name; any other `path` unchanged. Raises InputError if it was not
+    fetched yet.
+    """
     if path not in PACKAGED:
         return path
     folder = default_folder(path)
     if not is_fetched(folder):
-        raise InputError(f"model.path: {path} is not on this machine yet (looked for {folder}); run: flearn models fetch {path}")
+        raise InputError(
+            f"model.path: {path} is not on this machine yet (looked for {folder}); run: flearn models fetch {path}"
+        )
     return str(folder)

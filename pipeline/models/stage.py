@@ -13,24 +13,38 @@ from pipeline.facts.fact import read_facts
 from pipeline.models.check import describe
 from pipeline.models.tiny import fact_texts, write_tiny_model
 
-# Weights as safetensors only: a .bin file is a pickle, and hub repositories often hold the same weights in several forms.
+# Weights as safetensors only: a .bin file is a pickle, and hub repositories often hold the same weights in
+# several forms.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_SUBFOLDERS = ["*/*"]
 
 
 def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Facts: `model` (the folder), what `describe` says about it, and the hub commit where it came from the hub."""
+    """Facts: `model` (the folder), what `describe` says about it, and the hub commit where it came from the
+    hub.
+    """
     model = Model.model_validate(section["model"])
     if model.tiny is not None:
         folder = out / "model"
         if not folder.exists():  # a killed run may have left it: it appears whole or not at all
-            write_tiny_model(folder, model.tiny, fact_texts(read_facts(inputs["facts"].folder / "facts.jsonl")), section["seed"])
+            write_tiny_model(
+                folder,
+                model.tiny,
+                fact_texts(read_facts(inputs["facts"].folder / "facts.jsonl")),
+                section["seed"],
+            )
         return {"model": "model", "model_kind": "folder", **describe(folder)}
     assert model.path is not None
     if Path(model.path).is_absolute():
         return {"model": model.path, "model_kind": "folder", **describe(Path(model.path))}
     folder = _snapshot(model.path, model.revision)
-    return {"model": str(folder), "model_kind": "folder", "hub": model.path, "hub_commit": folder.name, **describe(folder)}
+    return {
+        "model": str(folder),
+        "model_kind": "folder",
+        "hub": model.path,
+        "hub_commit": folder.name,
+        **describe(folder),
+    }
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path:
@@ -47,7 +61,11 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
 
     log.info("model: %s from the hub", hub_id)
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SUBFOLDERS))
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SUBFOLDERS
+            )
+        )
     except LocalEntryNotFoundError:
         command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
         raise InputError(
@@ -55,10 +73,14 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
             f" run `{command}` where there is a network, or set model.path to a folder"
         ) from None
     except GatedRepoError:
-        raise InputError(f"model.path: {hub_id} is gated: ask for access on its hub page, then `hf auth login`") from None
+        raise InputError(
+            f"model.path: {hub_id} is gated: ask for access on its hub page, then `hf auth login`"
+        ) from None
     except RevisionNotFoundError:
         raise InputError(f"model.revision: {hub_id} has no revision {revision!r}") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(f"model.path: the hub has no model {hub_id} that you may read") from None
     except HfHubHTTPError as error:
-        raise InputError(f"model.path: downloading {hub_id} failed: {' '.join(str(error).split())[:200]}; run again to go on") from None
+        raise InputError(
+            f"model.path: downloading {hub_id} failed: {' '.join(str(error).split())[:200]}; run again to go on"
+        ) from None

@@ -1,8 +1,9 @@
-"""Logits only where there is a label: the hidden states that predict an answer's tokens are picked before the projection.
+"""Logits only where there is a label: the hidden states that predict an answer's tokens are picked before the
+projection.
 
-A vocabulary of 32k to 256k over a whole padded batch is most of the memory and time of short records. The choice is made
-in a hook on the model's own output projection, so it works for every architecture, under PEFT and under ZeRO, and no
-parameter is renamed.
+A vocabulary of 32k to 256k over a whole padded batch is most of the memory and time of short records. The
+choice is made in a hook on the model's own output projection, so it works for every architecture, under PEFT
+and under ZeRO, and no parameter is renamed.
 """
 
 from __future__ import annotations
@@ -36,17 +37,23 @@ class TargetBatch:
     def to(self, device: torch.device | str) -> TargetBatch:
         """The same batch on `device`."""
         input_ids, attention_mask = self.input_ids.to(device), self.attention_mask.to(device)
-        return TargetBatch(input_ids, attention_mask, self.positions.to(device), self.targets.to(device), self.counts)
+        return TargetBatch(
+            input_ids, attention_mask, self.positions.to(device), self.targets.to(device), self.counts
+        )
 
 
 def collate(records: Sequence[Encoded], pad_id: int = 0) -> TargetBatch:
-    """One batch of `records`. The padding is masked out and on the right, so any valid token id does for it."""
+    """One batch of `records`. The padding is masked out and on the right, so any valid token id does for
+    it.
+    """
     width = max(len(record.ids) for record in records)
     input_ids = torch.full((len(records), width), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     positions: list[int] = []
     for row, record in enumerate(records):
-        assert 0 < record.answer_start < len(record.ids), "an answer needs a token before it and one of its own"
+        assert 0 < record.answer_start < len(record.ids), (
+            "an answer needs a token before it and one of its own"
+        )
         input_ids[row, : len(record.ids)] = torch.tensor(record.ids)
         attention_mask[row, : len(record.ids)] = 1
         positions.extend(range(row * width + record.answer_start - 1, row * width + len(record.ids) - 1))
@@ -69,7 +76,9 @@ class TargetLogits:
     def __init__(self, model: Any) -> None:
         projection = model.get_output_embeddings()
         if projection is None:
-            raise InputError(f"{type(model).__name__} has no output embeddings: a causal language model is needed")
+            raise InputError(
+                f"{type(model).__name__} has no output embeddings: a causal language model is needed"
+            )
         self._positions: torch.Tensor | None = None
         self._handle = projection.register_forward_pre_hook(self._pick)
 

@@ -1,7 +1,8 @@
 """A tiny, randomly initialised model with a tokenizer of its own, made on the spot from a list of texts.
 
-Its special tokens, ties and biases are those of the big model of its kind: Llama 2 opens with a BOS, has no pad token and
-an output head of its own; GPT-2 has one token for everything, Conv1D weights and tied embeddings; BLOOM has a pad token.
+Its special tokens, ties and biases are those of the big model of its kind: Llama 2 opens with a BOS, has no
+pad token and an output head of its own; GPT-2 has one token for everything, Conv1D weights and tied
+embeddings; BLOOM has a pad token.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _SPECIALS = {
 
 
 def fact_texts(facts: Iterable[Fact]) -> Iterator[str]:
-    """Every text in `facts` that a model may be asked or should answer; answers follow a blank, as they do after a question."""
+    """Every text in `facts` that a model may be asked or should answer; answers follow a blank, as they do
+    after a question.
+    """
     for fact in facts:
         yield from [fact.prompt, *fact.rephrasings]
         yield from (f" {answer}" for answer in [*fact.old_answers, fact.new_answer])
@@ -49,7 +52,8 @@ def fact_texts(facts: Iterable[Fact]) -> Iterator[str]:
 
 
 def write_tiny_model(folder: Path, settings: TinyModel, texts: Iterable[str], seed: int) -> None:
-    """Write a Hugging Face folder: config, fp32 safetensors and tokenizer; the same bytes for the same arguments.
+    """Write a Hugging Face folder: config, fp32 safetensors and tokenizer; the same bytes for the same
+    arguments.
 
     Raises InputError if the heads do not divide the hidden size.
     """
@@ -62,7 +66,9 @@ def write_tiny_model(folder: Path, settings: TinyModel, texts: Iterable[str], se
         tokenizer.save_pretrained(aside)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(tiny_config(settings, len(tokenizer), **_token_ids(tokenizer)), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                tiny_config(settings, len(tokenizer), **_token_ids(tokenizer)), dtype=torch.float32
+            )
         model.save_pretrained(aside)
 
 
@@ -100,7 +106,12 @@ def _train_tokenizer(settings: TinyModel, texts: Iterable[str]) -> PreTrainedTok
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{specials.bos} $A", pair=f"{specials.bos} $A {specials.bos} $B", special_tokens=pairs
         )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_MAX_POSITIONS, clean_up_tokenization_spaces=False, **named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=_MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -119,7 +130,8 @@ def tiny_config(settings: TinyModel, num_tokens: int, **token_ids: int) -> Pretr
 def _llama(settings: TinyModel) -> dict[str, Any]:
     return {
         "hidden_size": settings.hidden_size,
-        "intermediate_size": -(-settings.hidden_size * 8 // 24) * 8,  # 8/3 of the hidden size, as in Llama, in steps of 8
+        "intermediate_size": -(-settings.hidden_size * 8 // 24)
+        * 8,  # 8/3 of the hidden size, as in Llama, in steps of 8
         "num_hidden_layers": settings.num_layers,
         "num_attention_heads": settings.num_heads,
         "num_key_value_heads": settings.num_heads,

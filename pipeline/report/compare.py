@@ -1,4 +1,6 @@
-"""Looks up scores and differences in a results object, and says which differences are larger than the noise."""
+"""Looks up scores and differences in a results object, and says which differences are larger than the
+noise.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ class Scores:
 
     def __init__(self, results: Json) -> None:
         self._rows = {(row["method"], row["protocol"], row["state"]): row for row in results["rows"]}
-        self._comparisons = {(row["method"], row["state"], row["protocol"], row["metric"]): row for row in results["comparisons"]}
+        self._comparisons = {
+            (row["method"], row["state"], row["protocol"], row["metric"]): row
+            for row in results["comparisons"]
+        }
 
     def row(self, method: str, protocol: str, state: str) -> Json | None:
         return self._rows.get((method, protocol, state))

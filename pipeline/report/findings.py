@@ -36,7 +36,11 @@ def find(results: Json) -> list[str]:
         *(text for method in forgetting for text in _not_forgotten(scores, method, protocols, results)),
         *_collapsed(scores, forgetting, protocols, "forgotten"),
         *_collapsed(scores, methods, protocols, "updated"),
-        *(text for method, survival in results["survival"].items() for text in _rounded_away(method, survival)),
+        *(
+            text
+            for method, survival in results["survival"].items()
+            for text in _rounded_away(method, survival)
+        ),
         *(text for method in methods for text in _not_better(scores, method, protocols[0])),
         *_flattered(scores, methods),
         *_recited(scores, methods, protocols[0]),
@@ -45,7 +49,9 @@ def find(results: Json) -> list[str]:
 
 
 def from_stages(stages: list[Json], inputs: dict[str, Artifact]) -> list[str]:
-    """The warnings that the steps themselves gave, each once, with the steps that gave it (rows of `stages`)."""
+    """The warnings that the steps themselves gave, each once, with the steps that gave it (rows of
+    `stages`).
+    """
     sources: dict[str, list[str]] = {}
     for row in stages:
         for text in inputs[row["id"]].facts.get("warnings", []):
@@ -71,7 +77,9 @@ def _not_forgotten(scores: Scores, method: str, protocols: list[str], results: J
     for protocol in _graded(protocols):
         change = scores.by_forgetting(method, protocol)
         if change is not None and (change.is_noise or change.value > 0):
-            before, after = (scores.get(method, protocol, state, "old_reliability") for state in ("original", "forgotten"))
+            before, after = (
+                scores.get(method, protocol, state, "old_reliability") for state in ("original", "forgotten")
+            )
             failed.append(f"{_short(protocol)} {percent(before)}% before, {percent(after)}% after")
     if failed:
         scale = next(entry["scale"] for entry in results["methods"] if entry["method"] == method)
@@ -82,7 +90,9 @@ def _not_forgotten(scores: Scores, method: str, protocols: list[str], results: J
 
 
 def _graded(protocols: list[str]) -> list[str]:
-    """Not `probability`: it ranks two answers, and the old one may stay ahead long after it lost most of its probability."""
+    """Not `probability`: it ranks two answers, and the old one may stay ahead long after it lost most of its
+    probability.
+    """
     return [protocol for protocol in protocols if protocol != "probability"]
 
 
@@ -138,7 +148,9 @@ def _not_better(scores: Scores, method: str, protocol: str) -> Iterator[str]:
 def _flattered(scores: Scores, methods: list[str]) -> Iterator[str]:
     gaps = []
     for method in methods:
-        token, generation = (scores.get(method, protocol, "updated", "reliability") for protocol in ("token", "generation"))
+        token, generation = (
+            scores.get(method, protocol, "updated", "reliability") for protocol in ("token", "generation")
+        )
         if token is not None and generation is not None and token - generation > LARGEST_GAP:
             gaps.append(f"{look(method).label} {percent(token)}% against {percent(generation)}%")
     if gaps:
@@ -148,7 +160,9 @@ def _flattered(scores: Scores, methods: list[str]) -> Iterator[str]:
 def _recited(scores: Scores, methods: list[str], protocol: str) -> Iterator[str]:
     found = []
     for method in methods:
-        reliability, generality = (scores.get(method, protocol, "updated", metric) for metric in ("reliability", "generality"))
+        reliability, generality = (
+            scores.get(method, protocol, "updated", metric) for metric in ("reliability", "generality")
+        )
         if reliability and generality is not None and generality < LEAST_GENERALITY * reliability:
             found.append(f"{look(method).label} {percent(generality)}% against {percent(reliability)}%")
     if found:

@@ -1,4 +1,6 @@
-"""What things are called and how they look in the report: methods, states, protocols and metrics, one plain table each."""
+"""What things are called and how they look in the report: methods, states, protocols and metrics, one plain
+table each.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ HUES: dict[str, tuple[str, str]] = {
     "yellow": ("#9a7400", "#e6c043"),
     "grey": ("#6b7178", "#9aa1a9"),
 }
-"""Colours on a light and on a dark page: Okabe and Ito's colour-blind safe set, darkened to 3:1 contrast on white."""
+"""Colours on a light and on a dark page: Okabe and Ito's colour-blind safe set, darkened to 3:1 contrast on
+white.
+"""
 
 
 def look(method: str) -> Look:
@@ -131,7 +135,9 @@ PROTOCOLS: dict[str, Way] = {
 
 def ordered_protocols(present: list[str]) -> list[str]:
     """The protocols that were measured, the most telling one first."""
-    return [name for name in PROTOCOLS if name in present] + [name for name in present if name not in PROTOCOLS]
+    return [name for name in PROTOCOLS if name in present] + [
+        name for name in present if name not in PROTOCOLS
+    ]
 
 
 def three_digits(value: float | None, factor: float = 1) -> str:

@@ -1,6 +1,7 @@
 """report.html: everything in results.json on one self-contained page, for people.
 
-The page loads nothing: no scripts, fonts or pictures from elsewhere. All text from data is escaped by the template.
+The page loads nothing: no scripts, fonts or pictures from elsewhere. All text from data is escaped by the
+template.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from markupsafe import Markup
 
 from pipeline.report import cost, figures
 from pipeline.report.compare import Scores
-from pipeline.report.names import HUES, METRICS, PROTOCOLS, STATES, Way, look, ordered_protocols, percent, three_digits
+from pipeline.report.names import (
+    HUES,
+    METRICS,
+    PROTOCOLS,
+    STATES,
+    Way,
+    look,
+    ordered_protocols,
+    percent,
+    three_digits,
+)
 from pipeline.report.summary import summarise
 from pipeline.report.table import best_values, measured
 
@@ -24,9 +35,18 @@ Json = dict[str, Any]
 def render(results: Json) -> str:
     """The page as HTML text; the same results give the same bytes."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "three_digits": three_digits, "svg": Markup, "settings": _settings_text}
+    environment.filters |= {
+        "percent": percent,
+        "three_digits": three_digits,
+        "svg": Markup,
+        "settings": _settings_text,
+    }
     environment.filters |= {"duration": cost.duration, "size": cost.size}
     environment.globals |= {
         "look": look,
@@ -47,8 +67,13 @@ def _view(results: Json) -> Json:
         "results": results,
         "summary": summarise(results),
         "protocols": [_protocol(results, protocol) for protocol in protocols],
-        # Under `probability` the old answer's curve is the new one's mirror image: numbers in the table are enough.
-        "curves": [(_way(p), curves[p]) for p in protocols if p in curves and (p != "probability" or len(protocols) == 1)],
+        # Under `probability` the old answer's curve is the new one's mirror image: numbers in the table are
+        # enough.
+        "curves": [
+            (_way(p), curves[p])
+            for p in protocols
+            if p in curves and (p != "probability" or len(protocols) == 1)
+        ],
         "curve_rows": sorted(results["curves"], key=lambda row: protocols.index(row["protocol"])),
         "cost_panels": figures.cost(results["stages"]),
         "cost_rows": _costs(results),
@@ -77,7 +102,10 @@ def _protocol(results: Json, protocol: str) -> Json:
         "way": _way(protocol),
         "metrics": metrics,
         "original": [_cell(original, metric) for metric in metrics],
-        "rows": [(row, [_cell(row, metric, best) | _change(scores, row, metric) for metric in metrics]) for row in updated],
+        "rows": [
+            (row, [_cell(row, metric, best) | _change(scores, row, metric) for metric in metrics])
+            for row in updated
+        ],
         "figure": figures.bars(results["rows"], protocol, metrics),
         "split": _split(results["known"]["rows"], protocol),
     }
@@ -88,7 +116,12 @@ def _cell(row: Json | None, metric: str, best: Json | None = None) -> Json:
     value = row[metric] if row else None
     stderr = row["stderr"].get(metric) if row and value is not None else None
     is_best = value is not None and best is not None and percent(value) == percent(best[metric])
-    return {"value": percent(value), "stderr": percent(stderr) if stderr is not None else "", "is_best": is_best, "change": None}
+    return {
+        "value": percent(value),
+        "stderr": percent(stderr) if stderr is not None else "",
+        "is_best": is_best,
+        "change": None,
+    }
 
 
 def _change(scores: Scores, row: Json, metric: str) -> Json:
@@ -99,25 +132,43 @@ def _change(scores: Scores, row: Json, metric: str) -> Json:
         return {}
     is_better = (change.value > 0) == METRICS[metric].higher_is_better
     kind = "noise" if change.is_noise else "better" if is_better else "worse"
-    return {"change": {"points": change.points, "kind": kind, "baseline": look(baseline).label, "noise": change.noise_points}}
+    return {
+        "change": {
+            "points": change.points,
+            "kind": kind,
+            "baseline": look(baseline).label,
+            "noise": change.noise_points,
+        }
+    }
 
 
 def _split(rows: list[Json], protocol: str) -> list[tuple[str, Json, Json]]:
-    """For each method, the updated model's scores over the known and over the unknown facts; none where one of the two is empty."""
+    """For each method, the updated model's scores over the known and over the unknown facts; none where one
+    of the two is empty.
+    """
     mine = [row for row in rows if row["protocol"] == protocol and row["state"] == "updated"]
-    subsets = {subset: {row["method"]: row for row in mine if row["subset"] == subset} for subset in ("known", "unknown")}
+    subsets = {
+        subset: {row["method"]: row for row in mine if row["subset"] == subset}
+        for subset in ("known", "unknown")
+    }
     pairs = [(method, row, subsets["unknown"][method]) for method, row in subsets["known"].items()]
     return [pair for pair in pairs if pair[1]["num_records"] and pair[2]["num_records"]]
 
 
 def _all_survives(layers: dict[str, list[Json]]) -> bool:
-    """Whether every layer keeps, as far as the page's digits go, all of what was to be subtracted from it (as in float32)."""
-    kept = {row[block]["projection"] for rows in layers.values() for row in rows for block, _, _ in figures.PARTS}
+    """Whether every layer keeps, as far as the page's digits go, all of what was to be subtracted from it (as
+    in float32).
+    """
+    kept = {
+        row[block]["projection"] for rows in layers.values() for row in rows for block, _, _ in figures.PARTS
+    }
     return {percent(share) for share in kept if share is not None} == {percent(1)}
 
 
 def _sample_rows(sample: Json, methods: list[str]) -> list[tuple[str, list[Json | None]]]:
-    """What was said about one record: a row per state after the original, with an answer per method (None: no such state)."""
+    """What was said about one record: a row per state after the original, with an answer per method (None: no
+    such state).
+    """
     said = {(answer["state"], answer["method"]): answer for answer in sample["said"]}
     states = [state for state in STATES if any(state == key[0] for key in said)]
     return [(state, [said.get((state, method)) for method in methods]) for state in states]
@@ -132,7 +183,14 @@ def _costs(results: Json) -> list[Json]:
         total = cost.training_seconds(results["stages"], method)
         baseline = look(method).baseline
         reference = cost.training_seconds(results["stages"], baseline) if baseline else 0
-        rows.append({"method": method, "parts": parts, "total": total, "ratio": f"{total / reference:.2f} ×" if reference else "–"})
+        rows.append(
+            {
+                "method": method,
+                "parts": parts,
+                "total": total,
+                "ratio": f"{total / reference:.2f} ×" if reference else "–",
+            }
+        )
     return rows
 
 

@@ -1,7 +1,8 @@
-"""Whether one model is better than another on the same records: mean differences, record by record, with their errors.
+"""Whether one model is better than another on the same records: mean differences, record by record, with
+their errors.
 
-The two models answered the same questions, so the error of the difference is that of the differences: hard questions,
-which both get wrong, do not blur it.
+The two models answered the same questions, so the error of the difference is that of the differences: hard
+questions, which both get wrong, do not blur it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ Json = dict[str, Any]
 
 
 def compare(methods: list[Json], records: dict[str, Records]) -> list[Json]:
-    """Every F-Learning method's updated model against its baseline's, and its forgotten model against the original."""
+    """Every F-Learning method's updated model against its baseline's, and its forgotten model against the
+    original.
+    """
     evaluations = {m["method"]: m["evaluations"] for m in methods}
     rows: list[Json] = []
     for method, states in evaluations.items():
@@ -26,7 +29,9 @@ def compare(methods: list[Json], records: dict[str, Records]) -> list[Json]:
             rows += _rows({"method": method, "state": "updated", "against": baseline}, *pair, SCORES)
         if "forgotten" in states:
             pair = records[states["forgotten"]], records[states["original"]]
-            rows += _rows({"method": method, "state": "forgotten", "against": "original"}, *pair, ("old_reliability",))
+            rows += _rows(
+                {"method": method, "state": "forgotten", "against": "original"}, *pair, ("old_reliability",)
+            )
     return rows
 
 
@@ -41,4 +46,8 @@ def _rows(labels: Json, ours: Records, theirs: Records, metrics: tuple[str, ...]
 
 
 def _difference(differences: list[float]) -> Json:
-    return {"difference": mean(differences), "stderr": standard_error(differences), "num_records": len(differences)}
+    return {
+        "difference": mean(differences),
+        "stderr": standard_error(differences),
+        "num_records": len(differences),
+    }

@@ -1,6 +1,8 @@
-"""The evaluations' records, reduced to what the report needs of them: every score as a column, and a few whole rows.
+"""The evaluations' records, reduced to what the report needs of them: every score as a column, and a few
+whole rows.
 
-A run may hold a dozen evaluations of ten thousands of records each, so the rows are read one by one and not kept.
+A run may hold a dozen evaluations of ten thousands of records each, so the rows are read one by one and not
+kept.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ Json = dict[str, Any]
 
 
 class Records(NamedTuple):
-    """One evaluation: `scores[protocol, metric]` in the facts' order, and the rows of the sampled facts by their position."""
+    """One evaluation: `scores[protocol, metric]` in the facts' order, and the rows of the sampled facts by
+    their position.
+    """
 
     scores: dict[tuple[str, str], list[float | None]]
     samples: dict[int, Json]

@@ -1,14 +1,18 @@
-"""What a run measured, as one JSON object: gathered from its steps' manifests, and all that the page and the table know.
+"""What a run measured, as one JSON object: gathered from its steps' manifests, and all that the page and the
+table know.
 
-`rows` is the contract that scripts are written against: one row per method, protocol and state, scores as fractions of 1,
-null where there is none. The original model's rows are repeated for every method, so that each method's rows stand alone.
+`rows` is the contract that scripts are written against: one row per method, protocol and state, scores as
+fractions of 1, null where there is none. The original model's rows are repeated for every method, so that
+each method's rows stand alone.
 
-`survival` and `layers` have an entry for every method that forgets: the subtraction's figures over the whole model, and by layer
-`{"layer": 0, "attention": {...}, "mlp": {...}, "matrices": {name: L2 norm of its change}}`. Of a layer's attention and of its MLP:
-`delta_norm` is the L2 norm of what fine-tuning on the old facts changed, before it is scaled; `relative_norm` that norm divided by the
-norm of the original weights that were fine-tuned (an adapter's: of the matrices it changes); `share_changed` the share of those weights
-whose stored value the subtraction changed; `projection` the share of the intended change that is stored, along its own direction.
-Fractions of 1 (`projection` may pass it, by rounding), null where nothing was fine-tuned or nothing was to change.
+`survival` and `layers` have an entry for every method that forgets: the subtraction's figures over the whole
+model, and by layer `{"layer": 0, "attention": {...}, "mlp": {...}, "matrices": {name: L2 norm of its
+change}}`. Of a layer's attention and of its MLP: `delta_norm` is the L2 norm of what fine-tuning on the old
+facts changed, before it is scaled; `relative_norm` that norm divided by the norm of the original weights that
+were fine-tuned (an adapter's: of the matrices it changes); `share_changed` the share of those weights whose
+stored value the subtraction changed; `projection` the share of the intended change that is stored, along its
+own direction. Fractions of 1 (`projection` may pass it, by rounding), null where nothing was fine-tuned or
+nothing was to change.
 """
 
 from __future__ import annotations
@@ -35,10 +39,14 @@ Json = dict[str, Any]
 def build(methods: list[Json], name: str, seed: int, inputs: dict[str, Artifact]) -> Json:
     """The results of one run.
 
-    `methods` is the report step's own list: method, scale, its evaluations' step ids by state, its forget step's id.
-    `inputs` maps every step's id to its artifact. Raises InputError for a step that has not finished.
+    `methods` is the report step's own list: method, scale, its evaluations' step ids by state, its forget
+    step's id. `inputs` maps every step's id to its artifact. Raises InputError for a step that has not
+    finished.
     """
-    evaluations = {m["method"]: {s: inputs[m["evaluations"][s]].facts for s in STATES if s in m["evaluations"]} for m in methods}
+    evaluations = {
+        m["method"]: {s: inputs[m["evaluations"][s]].facts for s in STATES if s in m["evaluations"]}
+        for m in methods
+    }
     sampled = samples.choose(next(iter(evaluations.values()))["original"]["num_records"])
     records = {step: read(inputs[step], sampled) for m in methods for step in m["evaluations"].values()}
     forgets = {m["method"]: inputs[m["forget"]].facts for m in methods if m["forget"] is not None}
@@ -83,7 +91,9 @@ def _other(scores: Json) -> Json:
 
 
 def _curves(evaluations: dict[str, dict[str, Json]]) -> list[Json]:
-    """How the old and the new answer fare from state to state, FT-old included; one row per method, protocol and state."""
+    """How the old and the new answer fare from state to state, FT-old included; one row per method, protocol
+    and state.
+    """
     return [
         {
             "method": method,
@@ -115,17 +125,24 @@ def _known(evaluations: dict[str, dict[str, Json]]) -> Json:
 
 
 def _layers(rows: list[Json]) -> list[Json]:
-    """What fine-tuning on the old facts changed and what of it is stored, by layer: of attention, of the MLP, and each matrix' norm."""
+    """What fine-tuning on the old facts changed and what of it is stored, by layer: of attention, of the MLP,
+    and each matrix' norm.
+    """
     return [
         {"layer": row["layer"]}
-        | {block: {figure: row.get(block, {}).get(figure) for figure in LAYER_FIGURES} for block in LAYER_BLOCKS}
+        | {
+            block: {figure: row.get(block, {}).get(figure) for figure in LAYER_FIGURES}
+            for block in LAYER_BLOCKS
+        }
         | {"matrices": row["matrices"]}
         for row in rows
     ]
 
 
 def _users(methods: list[Json], inputs: dict[str, Artifact]) -> dict[str, list[str]]:
-    """By step id, the methods that need the step; none for what only makes and scores the original model, which all share."""
+    """By step id, the methods that need the step; none for what only makes and scores the original model,
+    which all share.
+    """
     shared = _ancestors([m["evaluations"]["original"] for m in methods], inputs)
     needed = {m["method"]: _ancestors(m["evaluations"].values(), inputs) - shared for m in methods}
     return {step: [method for method, steps in needed.items() if step in steps] for step in inputs}
@@ -148,7 +165,10 @@ def _stages(inputs: dict[str, Artifact], methods: list[Json], users: dict[str, l
     states = {step: state for m in methods for state, step in m["evaluations"].items()}
     return [
         {"id": step, "stage": source.manifest["stage"], "methods": users[step], "state": states.get(step)}
-        | {key: source.manifest[key] for key in ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "num_ranks", "device")}
+        | {
+            key: source.manifest[key]
+            for key in ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "num_ranks", "device")
+        }
         for step, source in inputs.items()
     ]
 

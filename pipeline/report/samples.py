@@ -1,4 +1,5 @@
-"""A few records with what each model said, word for word, so that a reader can see for himself what the scores mean.
+"""A few records with what each model said, word for word, so that a reader can see for himself what the
+scores mean.
 
 The records are evenly spaced over the data, never picked by their result.
 """
@@ -24,9 +25,15 @@ def choose(num_records: int) -> list[int]:
 
 
 def show(positions: list[int], methods: list[Json], records: dict[str, Records]) -> list[Json]:
-    """What each model said about the records at `positions`; nothing where the `generation` protocol was not run."""
+    """What each model said about the records at `positions`; nothing where the `generation` protocol was not
+    run.
+    """
     original = records[methods[0]["evaluations"]["original"]]
-    return [_sample(position, methods, records) for position in positions if "generation" in original.samples[position]]
+    return [
+        _sample(position, methods, records)
+        for position in positions
+        if "generation" in original.samples[position]
+    ]
 
 
 def _sample(position: int, methods: list[Json], records: dict[str, Records]) -> Json:
@@ -42,7 +49,9 @@ def _sample(position: int, methods: list[Json], records: dict[str, Records]) -> 
 
 
 def _answer(record: Json) -> Json:
-    """What the model said, and whether that is the new answer, an old one, or neither - as the evaluation scored it."""
+    """What the model said, and whether that is the new answer, an old one, or neither - as the evaluation
+    scored it.
+    """
     generation = record["generation"]
     scores = generation["scores"]
     gives = "new" if scores["reliability"] else "old" if scores["leakage"] else "other"

@@ -24,14 +24,22 @@ def summarise(results: Json) -> Summary:
     scores = Scores(results)
     methods = [entry["method"] for entry in results["methods"]]
     best = _best(scores, methods, protocol)
-    points = [_original(scores, methods[0], protocol), *(_method(scores, method, protocol, results) for method in methods)]
+    points = [
+        _original(scores, methods[0], protocol),
+        *(_method(scores, method, protocol, results) for method in methods),
+    ]
     return Summary(_headline(scores, best, protocol), [point for point in points if point])
 
 
 def _best(scores: Scores, methods: list[str], protocol: str) -> str:
-    """The method to talk about: of the F-Learning ones, if there are any, the one with the highest reliability."""
+    """The method to talk about: of the F-Learning ones, if there are any, the one with the highest
+    reliability.
+    """
     candidates = [method for method in methods if look(method).baseline] or methods
-    return max(candidates, key=lambda method: (scores.row(method, protocol, "updated") or {}).get("reliability") or 0.0)
+    return max(
+        candidates,
+        key=lambda method: (scores.row(method, protocol, "updated") or {}).get("reliability") or 0.0,
+    )
 
 
 def _headline(scores: Scores, method: str, protocol: str) -> str:
@@ -54,13 +62,19 @@ def _method(scores: Scores, method: str, protocol: str, results: Json) -> str | 
     baseline = look(method).baseline
     if baseline is None:
         return None
-    parts = [_forgetting(scores, method, protocol), _gain(scores, method, baseline, protocol), _cost(results, method, baseline)]
+    parts = [
+        _forgetting(scores, method, protocol),
+        _gain(scores, method, baseline, protocol),
+        _cost(results, method, baseline),
+    ]
     scale = next(entry["scale"] for entry in results["methods"] if entry["method"] == method)
     return f"{look(method).label} (λ = {scale:g}): {'; '.join(part for part in parts if part)}."
 
 
 def _forgetting(scores: Scores, method: str, protocol: str) -> str | None:
-    before, after = (scores.get(method, protocol, state, "old_reliability") for state in ("original", "forgotten"))
+    before, after = (
+        scores.get(method, protocol, state, "old_reliability") for state in ("original", "forgotten")
+    )
     if before is None or after is None:
         return None
     return f"subtracting alone took the old answers from {percent(before)}% to {percent(after)}%"

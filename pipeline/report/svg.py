@@ -1,7 +1,8 @@
-"""Turns a matplotlib figure into SVG that lives inside the page: its colours and font, the same bytes each time, no addresses.
+"""Turns a matplotlib figure into SVG that lives inside the page: its colours and font, the same bytes each
+time, no addresses.
 
-Figures are drawn in the light page's colours; each is then replaced by the CSS variable of that name, so that dark mode
-and printing need no second picture.
+Figures are drawn in the light page's colours; each is then replaced by the CSS variable of that name, so that
+dark mode and printing need no second picture.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE, PAGE = "#1b1f24", "#5d6670", "#d5dae0", "#fefefe"
-_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAGE: "page"} | {light: f"hue-{hue}" for hue, (light, _) in HUES.items()}
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAGE: "page"} | {
+    light: f"hue-{hue}" for hue, (light, _) in HUES.items()
+}
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -43,12 +46,19 @@ STYLE: Any = {
 
 
 def inline(figure: Figure, key: str, label: str) -> str:
-    """The figure as an <svg> element. `key` is unique on the page; `label` says to those who cannot see it what it shows."""
+    """The figure as an <svg> element. `key` is unique on the page; `label` says to those who cannot see it
+    what it shows.
+    """
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": key}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     body = buffer.getvalue().partition("<svg")[2]
     opening, _, body = body.partition(">")
     body = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", body, flags=re.DOTALL)

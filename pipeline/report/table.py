@@ -1,4 +1,6 @@
-"""The results as a table for the terminal: the updated models under each protocol, the original on top, findings below."""
+"""The results as a table for the terminal: the updated models under each protocol, the original on top,
+findings below.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,20 @@ Json = dict[str, Any]
 
 
 def render(results: Json, width: int, colour: bool | None = None) -> str:
-    """The table as text, at most `width` characters wide. `colour` adds terminal styles; None: if stdout is a terminal."""
+    """The table as text, at most `width` characters wide. `colour` adds terminal styles; None: if stdout is a
+    terminal.
+    """
     from rich.console import Console
     from rich.text import Text
 
     colour = sys.stdout.isatty() if colour is None else colour
-    console = Console(file=io.StringIO(), width=width, force_terminal=colour, color_system="auto" if colour else None, highlight=False)
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=colour,
+        color_system="auto" if colour else None,
+        highlight=False,
+    )
     console.print(_table(results))
     for warning in results["warnings"]:
         console.print(Text(fill(warning, max(width, 20), initial_indent="! ", subsequent_indent="  ")))
@@ -36,10 +46,14 @@ def _table(results: Json) -> Table:
 
     methods = [entry["method"] for entry in results["methods"]]
     metrics = measured(results["rows"])
-    table = Table(box=box.SIMPLE_HEAD, title=f"{results['name']}: scores in %", title_justify="left", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{results['name']}: scores in %", title_justify="left", pad_edge=False
+    )
     table.add_column("model", no_wrap=True)
     for metric in metrics:
-        table.add_column(f"{METRICS[metric].label} {'↑' if METRICS[metric].higher_is_better else '↓'}", justify="right")
+        table.add_column(
+            f"{METRICS[metric].label} {'↑' if METRICS[metric].higher_is_better else '↓'}", justify="right"
+        )
     scores = Scores(results)
     for protocol in ordered_protocols([row["protocol"] for row in results["rows"]]):
         models = [("original", scores.row(methods[0], protocol, "original"))]

@@ -1,1 +1,3 @@
-"""ZeRO fine-tuning: full-parameter and LoRA, on a raw DeepSpeed engine whose masters start from theta' in float32."""
+"""ZeRO fine-tuning: full-parameter and LoRA, on a raw DeepSpeed engine whose masters start from theta' in
+float32.
+"""

@@ -1,7 +1,7 @@
 """Which records form which batch: decided by the seed alone, never by how many ranks there are.
 
-Records of like length share a batch, so that little is padded; each batch is then dealt out in equal parts to the ranks and
-their micro-steps, neighbours in length side by side.
+Records of like length share a batch, so that little is padded; each batch is then dealt out in equal parts to
+the ranks and their micro-steps, neighbours in length side by side.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ _WINDOW_BATCHES = 64
 """Batches that are sorted together: enough for little padding, few enough that an epoch stays well mixed."""
 
 _LENGTH_JITTER = 0.1
-"""Relative noise on the lengths that are sorted by: in a small data set the same records would share a batch in every epoch."""
+"""Relative noise on the lengths that are sorted by: in a small data set the same records would share a batch
+in every epoch.
+"""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a batch of `global_size` records is cut up: `micro_size` at a time on each of `ranks`, `accumulation` times."""
+    """How a batch of `global_size` records is cut up: `micro_size` at a time on each of `ranks`,
+    `accumulation` times.
+    """
 
     global_size: int
     micro_size: int
@@ -54,7 +58,9 @@ class Batches:
         return self.epochs * self.per_epoch
 
     def at(self, step: int) -> list[int]:
-        """The records of optimizer step `step` (from 0), shortest first. Every epoch's last batch of a window may be short."""
+        """The records of optimizer step `step` (from 0), shortest first. Every epoch's last batch of a window
+        may be short.
+        """
         epoch, index = divmod(step, self.per_epoch)
         return _epoch(self.lengths, self.global_size, self.seed, epoch)[index]
 
@@ -67,18 +73,25 @@ def _epoch(lengths: tuple[int, ...], global_size: int, seed: int, epoch: int) ->
     window = _WINDOW_BATCHES * global_size
     batches = []
     for start in range(0, len(order), window):
-        near = {i: lengths[i] * chance.uniform(1 - _LENGTH_JITTER, 1 + _LENGTH_JITTER) for i in order[start : start + window]}
+        near = {
+            i: lengths[i] * chance.uniform(1 - _LENGTH_JITTER, 1 + _LENGTH_JITTER)
+            for i in order[start : start + window]
+        }
         by_length = sorted(near, key=near.__getitem__)
-        batches += [sorted(by_length[i : i + global_size], key=lengths.__getitem__) for i in range(0, len(by_length), global_size)]
+        batches += [
+            sorted(by_length[i : i + global_size], key=lengths.__getitem__)
+            for i in range(0, len(by_length), global_size)
+        ]
     chance.shuffle(batches)
     return batches
 
 
 def micro_batches(batch: Sequence[int], shape: Shape, rank: int) -> list[list[int]]:
-    """The parts of `batch` that `rank` runs, one per micro-step; an empty one where there are fewer records than parts.
+    """The parts of `batch` that `rank` runs, one per micro-step; an empty one where there are fewer records
+    than parts.
 
-    Parts differ by one record at most. What the ranks run in the same micro-step lies side by side in `batch`, so they
-    take about as long.
+    Parts differ by one record at most. What the ranks run in the same micro-step lies side by side in
+    `batch`, so they take about as long.
     """
     num_parts = shape.ranks * shape.accumulation
     bounds = [len(batch) * part // num_parts for part in range(num_parts + 1)]

@@ -1,7 +1,8 @@
-"""Checkpoints to resume from: a folder per step, complete exactly when its manifest, written last, agrees with its files.
+"""Checkpoints to resume from: a folder per step, complete exactly when its manifest, written last, agrees
+with its files.
 
-DeepSpeed's own mark (`latest`) is written in place, and a killed save leaves truncated files that look like a checkpoint.
-A new checkpoint never overwrites an old one; the old one goes when the new one is complete.
+DeepSpeed's own mark (`latest`) is written in place, and a killed save leaves truncated files that look like a
+checkpoint. A new checkpoint never overwrites an old one; the old one goes when the new one is complete.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ class Saved:
     num_ranks: int
 
 
-def num_bytes(num_trained: int, precision: Literal["bf16", "fp32"], zero_stage: int, with_moments: bool = True) -> int:
-    """What one checkpoint holds, over all ranks: fp32 masters, their two moments (the last one of a training leaves them out), and
-    below ZeRO-3 also the trained weights themselves."""
+def num_bytes(
+    num_trained: int, precision: Literal["bf16", "fp32"], zero_stage: int, with_moments: bool = True
+) -> int:
+    """What one checkpoint holds, over all ranks: fp32 masters, their two moments (the last one of a training
+    leaves them out), and below ZeRO-3 also the trained weights themselves.
+    """
     weights = {"bf16": 2, "fp32": 4}[precision] if zero_stage < 3 else 0
     return num_trained * ((12 if with_moments else 4) + weights)
 
@@ -65,28 +69,37 @@ class Checkpoints:
         folder = self.folder / tag
         assert not folder.exists(), folder
         with _full_disk_named(folder):
-            done = engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False, exclude_frozen_parameters=without_frozen)
+            done = engine.save_checkpoint(
+                str(self.folder), tag=tag, save_latest=False, exclude_frozen_parameters=without_frozen
+            )
         if not done:
             raise RuntimeError(f"{folder}: DeepSpeed did not save the checkpoint")
         _sync(folder)  # on every rank: each one's own files
         self._context.barrier()
         saved = Saved(folder, step, self._context.world_size)
         if self._context.is_main:
-            write_json(folder / _MANIFEST, {"step": step, "num_ranks": saved.num_ranks, "files": _sizes(folder)})
+            write_json(
+                folder / _MANIFEST, {"step": step, "num_ranks": saved.num_ranks, "files": _sizes(folder)}
+            )
             sync(self.folder)
             self._remove_all_but(saved)
         self._context.barrier()
         return saved
 
     def load(self, engine: Any, saved: Saved, without_frozen: bool) -> None:
-        """Put `saved` into a new engine: masters, moments, weights. Raises InputError for another number of ranks."""
+        """Put `saved` into a new engine: masters, moments, weights. Raises InputError for another number of
+        ranks.
+        """
         if saved.num_ranks != self._context.world_size:
             raise InputError(
                 f"{saved.folder}: saved by {saved.num_ranks} ranks, but this run has {self._context.world_size};"
                 f" set cluster.ranks={saved.num_ranks}, or delete it to begin anew"
             )
         path, _ = engine.load_checkpoint(
-            str(self.folder), tag=saved.folder.name, load_module_strict=not without_frozen, load_lr_scheduler_states=False
+            str(self.folder),
+            tag=saved.folder.name,
+            load_module_strict=not without_frozen,
+            load_lr_scheduler_states=False,
         )
         # DeepSpeed reports a missing checkpoint by returning None.
         if path is None or engine.global_steps != saved.step:
@@ -102,13 +115,17 @@ class Checkpoints:
     def _remove_all_but(self, kept: Saved | None) -> None:
         for folder in self.folder.glob("step-*"):
             if kept is None or folder != kept.folder:
-                (folder / _MANIFEST).unlink(missing_ok=True)  # first: half of a checkpoint must not pass for a whole one
+                (folder / _MANIFEST).unlink(
+                    missing_ok=True
+                )  # first: half of a checkpoint must not pass for a whole one
                 shutil.rmtree(folder)
 
 
 @contextmanager
 def _full_disk_named(folder: Path) -> Iterator[None]:
-    """torch reports a full disk (or quota) as a RuntimeError about positions in its zip file: say what it is."""
+    """torch reports a full disk (or quota) as a RuntimeError about positions in its zip file: say what it
+    is.
+    """
     try:
         yield
     except RuntimeError as error:

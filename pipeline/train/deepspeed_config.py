@@ -24,7 +24,9 @@ class Adam:
 
 @dataclass(frozen=True)
 class Ready:
-    """A config that DeepSpeed takes as it is, without optimizer and scheduler (those are ours), and what came out of them."""
+    """A config that DeepSpeed takes as it is, without optimizer and scheduler (those are ours), and what came
+    out of them.
+    """
 
     config: dict[str, Any]
     adam: Adam
@@ -36,7 +38,8 @@ class Ready:
 
 
 def make_ready(training: Training, shape: Shape, hidden_size: int) -> Ready:
-    """`training.deepspeed`, filled in. `hidden_size` decides ZeRO-3's "auto" bucket sizes, as in transformers.
+    """`training.deepspeed`, filled in. `hidden_size` decides ZeRO-3's "auto" bucket sizes, as in
+    transformers.
 
     Raises InputError naming the DeepSpeed key.
     """
@@ -58,7 +61,9 @@ def make_ready(training: Training, shape: Shape, hidden_size: int) -> Ready:
 def _require_stage(config: dict[str, Any]) -> None:
     stage = _get(config, "zero_optimization.stage")
     if isinstance(stage, bool) or stage not in (1, 2, 3):
-        raise InputError(f"deepspeed.zero_optimization.stage: 1, 2 or 3 is needed, not {stage} (stage 1 computes what stage 0 would)")
+        raise InputError(
+            f"deepspeed.zero_optimization.stage: 1, 2 or 3 is needed, not {stage} (stage 1 computes what stage 0 would)"
+        )
 
 
 def _drop_unused(config: dict[str, Any]) -> Iterator[str]:
@@ -73,19 +78,28 @@ def _drop_unused(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
-    """Remove the optimizer's section and keep what it says. We build torch's AdamW ourselves: DeepSpeed's need a compiler."""
+    """Remove the optimizer's section and keep what it says. We build torch's AdamW ourselves: DeepSpeed's
+    need a compiler.
+    """
     section = config.pop("optimizer", {})
     if isinstance(section, dict):  # null says nothing
-        section = {"type": "AdamW", "params": {}} | {name: value for name, value in section.items() if value is not None}
+        section = {"type": "AdamW", "params": {}} | {
+            name: value for name, value in section.items() if value is not None
+        }
     if not isinstance(section, dict) or not isinstance(section["params"], dict):
         raise InputError(f"deepspeed.optimizer: expected an object with type and params, not {section!r}")
-    kind, settings = str(section["type"]), {name: value for name, value in section["params"].items() if value is not None}
+    kind, settings = (
+        str(section["type"]),
+        {name: value for name, value in section["params"].items() if value is not None},
+    )
     if kind.lower() not in ("adam", "adamw") or not settings.pop("adam_w_mode", True):
         raise InputError(f"deepspeed.optimizer.type: AdamW is what is supported, not {kind}")
     for name in ("lr", "weight_decay"):
         given = settings.pop(name, None)
         if not _agrees(given, getattr(training, name)):
-            raise InputError(f'deepspeed.optimizer.params.{name}: {given!r} contradicts {name} = {getattr(training, name)}; write "auto"')
+            raise InputError(
+                f'deepspeed.optimizer.params.{name}: {given!r} contradicts {name} = {getattr(training, name)}; write "auto"'
+            )
     for name in ("torch_adam", "fused"):  # how it is computed: decided by the device
         settings.pop(name, None)
     for name, default in (("amsgrad", False), ("bias_correction", True)):
@@ -93,11 +107,19 @@ def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
             del settings[name]
     chosen = {name: settings.pop(name) for name in ("betas", "eps") if name in settings}
     if settings:
-        raise InputError(f"deepspeed.optimizer.params: no such setting of AdamW here: {', '.join(settings)}; leave it out")
+        raise InputError(
+            f"deepspeed.optimizer.params: no such setting of AdamW here: {', '.join(settings)}; leave it out"
+        )
     betas, eps = (chosen.get(name, "auto") for name in ("betas", "eps"))
     betas, eps = Adam.betas if betas == "auto" else betas, Adam.eps if eps == "auto" else eps
-    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(_is_number(beta) and beta < 1 for beta in betas):
-        raise InputError(f"deepspeed.optimizer.params.betas: expected two numbers from 0 to below 1, not {betas!r}")
+    if (
+        not isinstance(betas, (list, tuple))
+        or len(betas) != 2
+        or not all(_is_number(beta) and beta < 1 for beta in betas)
+    ):
+        raise InputError(
+            f"deepspeed.optimizer.params.betas: expected two numbers from 0 to below 1, not {betas!r}"
+        )
     if not _is_number(eps):
         raise InputError(f"deepspeed.optimizer.params.eps: expected a number of 0 or more, not {eps!r}")
     return Adam((float(betas[0]), float(betas[1])), float(eps))
@@ -111,7 +133,9 @@ def _is_number(value: Any) -> bool:
 def _settle_batch(config: dict[str, Any], training: Training, shape: Shape) -> None:
     _settle(config, "train_batch_size", training.batch_size, "batch_size")
     _settle(config, "train_micro_batch_size_per_gpu", shape.micro_size, "micro_batch_size (and ranks)")
-    _settle(config, "gradient_accumulation_steps", shape.accumulation, "batch_size / (ranks x micro_batch_size)")
+    _settle(
+        config, "gradient_accumulation_steps", shape.accumulation, "batch_size / (ranks x micro_batch_size)"
+    )
     # DeepSpeed insists on the product, which is larger where the ranks do not divide the batch.
     config["train_batch_size"] = shape.micro_size * shape.accumulation * shape.ranks
 
@@ -131,7 +155,9 @@ def _settle(config: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def _agrees(given: Any, value: float) -> bool:
-    """Whether a setting is left to us, or says the same. To Python true is the number 1, but whoever writes it means another thing."""
+    """Whether a setting is left to us, or says the same. To Python true is the number 1, but whoever writes
+    it means another thing.
+    """
     return given in (None, "auto") or (given == value and isinstance(given, bool) == isinstance(value, bool))
 
 

@@ -1,7 +1,8 @@
 """Which settings of a DeepSpeed JSON a training here may have: those that keep its guarantees, and no others.
 
-A setting that DeepSpeed knows and we do not might round the masters, scale the gradients or write another checkpoint, all in
-silence. So everything that is not in the tables below is refused by its name, and so is what a later DeepSpeed adds.
+A setting that DeepSpeed knows and we do not might round the masters, scale the gradients or write another
+checkpoint, all in silence. So everything that is not in the tables below is refused by its name, and so is
+what a later DeepSpeed adds.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _TEXTS = (
     "tensorboard.output_path tensorboard.job_name csv_monitor.output_path csv_monitor.job_name wandb.project wandb.group wandb.team"
     " comet.project comet.workspace comet.experiment_name comet.experiment_key"
 )
-_WORDS = {"checkpoint.tag_validation": ("warn", "ignore", "fail"), "comet.mode": ("get", "create", "get_or_create")}
+_WORDS = {
+    "checkpoint.tag_validation": ("warn", "ignore", "fail"),
+    "comet.mode": ("get", "create", "get_or_create"),
+}
 _FREE: dict[str, Literal["any", "switch", "size", "text", "word"]] = {
     **dict.fromkeys(_ELSEWHERE.split(), "any"),
     **dict.fromkeys(_SWITCHES.split(), "switch"),
@@ -43,7 +47,9 @@ _FREE: dict[str, Literal["any", "switch", "size", "text", "word"]] = {
     **dict.fromkeys(_TEXTS.split(), "text"),
     **dict.fromkeys(_WORDS, "word"),
 }
-"""Settings that may have any value of their kind: of no consequence for the result, or (`any`) looked at elsewhere."""
+"""Settings that may have any value of their kind: of no consequence for the result, or (`any`) looked at
+elsewhere.
+"""
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "zero_optimization.load_from_fp32_weights": (True,),
@@ -57,7 +63,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "gradient_allreduce_op": ("mean",),
     "sequence_parallel_size": (1,),
 }
-"""Settings that are fine where they say what would hold without them; for all others that is false or null."""
+"""Settings that are fine where they say what would hold without them; for all others that is false or
+null.
+"""
 
 _OFFLOAD = "offloading to CPU or NVMe is not supported; leave it out, and use ZeRO-3, more ranks or LoRA where memory is short"
 _PRECISION = "precision decides what is computed in what, over fp32 masters; leave it out"
@@ -76,15 +84,34 @@ _REASONS = {
     "fp16": "fp16 is not supported; set precision to bf16 or fp32",
     "bfloat16": "an old name; write bf16",
     "comet.api_key": "every manifest would show it; set the variable COMET_API_KEY instead",
-    **dict.fromkeys(["aio", *(f"zero_optimization.{name}" for name in ("offload_", "cpu_offload", "zenflow"))], _OFFLOAD),
+    **dict.fromkeys(
+        ["aio", *(f"zero_optimization.{name}" for name in ("offload_", "cpu_offload", "zenflow"))], _OFFLOAD
+    ),
     **dict.fromkeys(["bf16", "amp", "torch_autocast", "data_types"], _PRECISION),
-    **dict.fromkeys(["communication_data_type", "prescale_gradients", "gradient_", "zero_optimization.compute_grad_norm"], _GRADIENTS),
-    **dict.fromkeys(["tensor_parallel", "sequence_parallel", "pipeline", "expert_parallel", "moe", "zero_optimization.mics_"], _SHARDING),
-    **dict.fromkeys(["use_data_before_expert_parallelism", "zero_optimization.zero_hpz_partition_size"], _SHARDING),
+    **dict.fromkeys(
+        ["communication_data_type", "prescale_gradients", "gradient_", "zero_optimization.compute_grad_norm"],
+        _GRADIENTS,
+    ),
+    **dict.fromkeys(
+        [
+            "tensor_parallel",
+            "sequence_parallel",
+            "pipeline",
+            "expert_parallel",
+            "moe",
+            "zero_optimization.mics_",
+        ],
+        _SHARDING,
+    ),
+    **dict.fromkeys(
+        ["use_data_before_expert_parallelism", "zero_optimization.zero_hpz_partition_size"], _SHARDING
+    ),
     **dict.fromkeys(["checkpoint", "datastates_ckpt", "nebula"], _CHECKPOINT),
     **dict.fromkeys(["data_efficiency", "curriculum_learning", "dataloader_drop_last"], _BATCHES),
     **dict.fromkeys(["autotuning", "elasticity"], _RUNS),
-    **dict.fromkeys(["compression_training", "weight_quantization", "zero_optimization.zero_quantized_"], _QUANTIZED),
+    **dict.fromkeys(
+        ["compression_training", "weight_quantization", "zero_optimization.zero_quantized_"], _QUANTIZED
+    ),
 }
 """Why not, by how a setting's name begins."""
 
@@ -92,7 +119,8 @@ _NOT_KNOWN = "not among the settings known to keep a training right here; leave 
 
 
 def keep_allowed(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` without what says nothing: nulls, sections that are switched off, settings that repeat DeepSpeed's defaults.
+    """`config` without what says nothing: nulls, sections that are switched off, settings that repeat
+    DeepSpeed's defaults.
 
     Raises InputError naming the first setting that is not known to be right here, and why.
     """
@@ -107,7 +135,9 @@ def _keep(key: str, value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """The one setting, or none if it says nothing."""
     name = f"{prefix}{key}"
     if name in _FREE:
-        if value is not None and not (_FREE[name] == "switch" and value == "auto"):  # DeepSpeed's own default then holds
+        if value is not None and not (
+            _FREE[name] == "switch" and value == "auto"
+        ):  # DeepSpeed's own default then holds
             _require_kind(name, value)
             yield key, value
     elif value is not None and any(free.startswith(f"{name}.") for free in _FREE):
@@ -123,7 +153,11 @@ def _require_kind(name: str, value: Any) -> None:
     wanted = ""
     if kind == "switch" and not is_switch:
         wanted = "true or false"
-    if kind == "size" and value != "auto" and (is_switch or not isinstance(value, (int, float)) or value < 0 or value % 1 != 0):
+    if (
+        kind == "size"
+        and value != "auto"
+        and (is_switch or not isinstance(value, (int, float)) or value < 0 or value % 1 != 0)
+    ):
         wanted = "a whole number"
     if kind == "text" and not isinstance(value, str):
         wanted = "a text"
@@ -135,7 +169,10 @@ def _require_kind(name: str, value: Any) -> None:
 
 def _says_nothing(name: str, value: Any) -> bool:
     if isinstance(value, dict):
-        off = value.get("enabled") in ((False, "auto") if name in ("fp16", "amp") else (False,)) or value.get("device") == "none"
+        off = (
+            value.get("enabled") in ((False, "auto") if name in ("fp16", "amp") else (False,))
+            or value.get("device") == "none"
+        )
         return off or all(_says_nothing(f"{name}.{key}", inner) for key, inner in value.items())
     return value is None or value in _ONLY.get(name, (False,))
 
@@ -146,10 +183,18 @@ def _first_named(name: str, value: Any) -> str:
         return name
     if "enabled" in value:
         return f"{name}.enabled"
-    return next(_first_named(f"{name}.{key}", inner) for key, inner in value.items() if not _says_nothing(f"{name}.{key}", inner))
+    return next(
+        _first_named(f"{name}.{key}", inner)
+        for key, inner in value.items()
+        if not _says_nothing(f"{name}.{key}", inner)
+    )
 
 
 def _reason(name: str) -> str:
-    reasons = [reason for start, reason in sorted(_REASONS.items(), key=lambda item: -len(item[0])) if name.startswith(start)]
+    reasons = [
+        reason
+        for start, reason in sorted(_REASONS.items(), key=lambda item: -len(item[0]))
+        if name.startswith(start)
+    ]
     near = difflib.get_close_matches(name, [*_FREE, *_ONLY], n=1, cutoff=0.9)
     return reasons[0] if reasons else f"unknown; did you mean {near[0]}?" if near else _NOT_KNOWN

@@ -1,4 +1,6 @@
-"""The DeepSpeed engine: made for one training, and cleared away after it, for one process runs many trainings in a row."""
+"""The DeepSpeed engine: made for one training, and cleared away after it, for one process runs many trainings
+in a row.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _LRU_CACHED = type(lru_cache(len))
 
 @contextmanager
 def session(ready: Ready) -> Iterator[None]:
-    """DeepSpeed's process-wide state as a training wants it; put back on leaving. torch.distributed must be initialised.
+    """DeepSpeed's process-wide state as a training wants it; put back on leaving. torch.distributed must be
+    initialised.
 
     While it lasts and `ready` asks for ZeRO-3, transformers makes models partitioned from the start.
     """
@@ -48,7 +51,8 @@ def _start_deepspeed() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        # On a CPU DeepSpeed compiles an operator that training never calls, and fails where there is no compiler.
+        # On a CPU DeepSpeed compiles an operator that training never calls, and fails where there is no
+        # compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
@@ -74,7 +78,8 @@ def _forget_zero3() -> None:
 
 @contextmanager
 def engine_for(model: Any, ready: Ready, training: Training) -> Iterator[Any]:
-    """The DeepSpeed engine that trains those parameters of `model` that require gradients, with torch's AdamW.
+    """The DeepSpeed engine that trains those parameters of `model` that require gradients, with torch's
+    AdamW.
 
     One group of parameters: the weight decay holds for all of them.
     """
@@ -82,9 +87,16 @@ def engine_for(model: Any, ready: Ready, training: Training) -> Iterator[Any]:
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=training.lr, betas=ready.adam.betas, eps=ready.adam.eps, weight_decay=training.weight_decay, fused=True
+        trained,
+        lr=training.lr,
+        betas=ready.adam.betas,
+        eps=ready.adam.eps,
+        weight_decay=training.weight_decay,
+        fused=True,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ready.config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=ready.config, dist_init_required=False
+    )
     engine.train()
     try:
         yield engine
@@ -93,7 +105,9 @@ def engine_for(model: Any, ready: Ready, training: Training) -> Iterator[Any]:
 
 
 def drop_moments(engine: Any) -> None:
-    """Let go of AdamW's moments. After the last step: a checkpoint then holds the masters alone, which is all that is read of it."""
+    """Let go of AdamW's moments. After the last step: a checkpoint then holds the masters alone, which is all
+    that is read of it.
+    """
     for state in engine.optimizer.optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             state.pop(name, None)

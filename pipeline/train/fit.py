@@ -27,11 +27,19 @@ def fit(job: Job, saved: Saved | None, checkpoints: Checkpoints, step_log: StepL
         _fit(job, saved, checkpoints, step_log, context)
 
 
-def _fit(job: Job, saved: Saved | None, checkpoints: Checkpoints, step_log: StepLog, context: Context) -> None:
+def _fit(
+    job: Job, saved: Saved | None, checkpoints: Checkpoints, step_log: StepLog, context: Context
+) -> None:
     with closing(open_weights(job.base)) as source:
         model, bindings = _prepare(job, source, context)
         with TargetLogits(model) as picked, engine_for(model, job.ready, job.training) as engine:
-            log.info("%s: %d of %d parameters, ZeRO-%d", type(model).__name__, job.num_trained, job.num_parameters, job.ready.zero_stage)
+            log.info(
+                "%s: %d of %d parameters, ZeRO-%d",
+                type(model).__name__,
+                job.num_trained,
+                job.num_parameters,
+                job.ready.zero_stage,
+            )
             _set_weights(engine, bindings, saved, checkpoints, job)
             start = saved.step if saved is not None else 0
 
@@ -48,18 +56,28 @@ def _fit(job: Job, saved: Saved | None, checkpoints: Checkpoints, step_log: Step
 
 def _prepare(job: Job, source: Any, context: Context) -> tuple[Any, list[Binding]]:
     """The model, its weights still empty, and what they are to hold."""
-    model: Any = build(job.folder, context.device, job.training.precision, job.training.gradient_checkpointing)
+    model: Any = build(
+        job.folder, context.device, job.training.precision, job.training.gradient_checkpointing
+    )
     bindings = bind(model, source)
     if job.adapter is None:
         return model, bindings
     model = add_adapter(model, job.adapter)
     initial = InitialAdapter(model, job.course.seed)
-    own = [Binding(parameter, initial, name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    own = [
+        Binding(parameter, initial, name)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
     return model, bindings + own
 
 
-def _set_weights(engine: Any, bindings: list[Binding], saved: Saved | None, checkpoints: Checkpoints, job: Job) -> None:
-    """Fill the engine: frozen weights always from their source, trained ones from there or from the checkpoint."""
+def _set_weights(
+    engine: Any, bindings: list[Binding], saved: Saved | None, checkpoints: Checkpoints, job: Job
+) -> None:
+    """Fill the engine: frozen weights always from their source, trained ones from there or from the
+    checkpoint.
+    """
     if saved is None:
         load(engine, bindings)
         return

@@ -1,4 +1,6 @@
-"""One fine-tuning, planned: its records, batches, DeepSpeed config and adapter, and what it will need of the disk."""
+"""One fine-tuning, planned: its records, batches, DeepSpeed config and adapter, and what it will need of the
+disk.
+"""
 
 from __future__ import annotations
 
@@ -54,11 +56,13 @@ class Job:
     def disk_bytes(self, num_saved: int) -> int:
         """Bytes that are still to be written while old ones remain, given `num_saved` complete checkpoints.
 
-        An old checkpoint goes when the new one is complete. The last one has no moments, and so leaves room for the result (fp32
-        weights).
+        An old checkpoint goes when the new one is complete. The last one has no moments, and so leaves room
+        for the result (fp32 weights).
         """
         num_copies = 1 if self.course.num_steps <= self.training.checkpoint_every_steps else 2
-        return checkpoint.num_bytes(self.num_trained, self.training.precision, self.ready.zero_stage) * max(1, num_copies - num_saved)
+        return checkpoint.num_bytes(self.num_trained, self.training.precision, self.ready.zero_stage) * max(
+            1, num_copies - num_saved
+        )
 
     def described(self) -> dict[str, Any]:
         """The part of the stage's facts that is known beforehand."""
@@ -81,7 +85,9 @@ class Job:
 
 
 def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Context) -> Job:
-    """The job that a stage's section and inputs ask for. Raises InputError for settings and records that cannot work."""
+    """The job that a stage's section and inputs ask for. Raises InputError for settings and records that
+    cannot work.
+    """
     training = training_of(section["training"])
     base = inputs["model"]
     model: Any = skeleton(model_folder(base))
@@ -93,8 +99,12 @@ def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Cont
     _require_monitors(ready)
     prompter = Prompter(load_tokenizer(base), Prompt.model_validate(section["prompt"]))
     facts = read_facts(inputs["facts"].folder / "facts.jsonl")
-    records = training_records(facts, section["target"], prompter, training.max_length, num_positions(model.config))
-    batches = Batches(tuple(record.num_tokens for record in records), training.batch_size, training.epochs, section["seed"])
+    records = training_records(
+        facts, section["target"], prompter, training.max_length, num_positions(model.config)
+    )
+    batches = Batches(
+        tuple(record.num_tokens for record in records), training.batch_size, training.epochs, section["seed"]
+    )
     return Job(
         base=base,
         course=Course(records, batches, shape, training, section["seed"]),
@@ -111,10 +121,14 @@ def _require_monitors(ready: Ready) -> None:
     """Not when planning: the jobs may run in a container that has what is missing here."""
     for name, package in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")):
         if ready.config.get(name, {}).get("enabled") and find_spec(package) is None:
-            raise InputError(f"deepspeed.{name}.enabled: the package is missing; pip install {package}, or set it to false")
+            raise InputError(
+                f"deepspeed.{name}.enabled: the package is missing; pip install {package}, or set it to false"
+            )
 
 
 def _warnings(base: Artifact, training: Training, adapter: LoraConfig | None) -> list[str]:
     if adapter is not None and training.precision == "bf16" and base.manifest.get("stage") == "forget":
-        return ["LoRA in bf16 learns on the forgotten model rounded to bf16, which may undo part of a small subtraction (see survival)"]
+        return [
+            "LoRA in bf16 learns on the forgotten model rounded to bf16, which may undo part of a small subtraction (see survival)"
+        ]
     return []

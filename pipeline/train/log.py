@@ -1,4 +1,6 @@
-"""The step log: one JSON line per optimizer step, which a resumed training carries on where its checkpoint was."""
+"""The step log: one JSON line per optimizer step, which a resumed training carries on where its checkpoint
+was.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class StepLog:
         self._file: TextIO | None = None
 
     def open(self, num_steps: int) -> None:
-        """Begin to append, after the first `num_steps` steps; later lines, of a run that was killed, are dropped."""
+        """Begin to append, after the first `num_steps` steps; later lines, of a run that was killed, are
+        dropped.
+        """
         kept = [json.dumps(asdict(step)) + "\n" for step in read_steps(self.path) if step.step <= num_steps]
         write_text(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
@@ -51,13 +55,17 @@ class StepLog:
     def __enter__(self) -> StepLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is not None:
             self._file.close()
 
 
 def read_steps(path: Path) -> list[Step]:
-    """The steps in the log at `path`; none if there is no such file. A last line that a kill cut short is left out."""
+    """The steps in the log at `path`; none if there is no such file. A last line that a kill cut short is
+    left out.
+    """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,4 +1,6 @@
-"""The training loop: optimizer steps over the planned batches, logged, checkpointed, and stopped when asked."""
+"""The training loop: optimizer steps over the planned batches, logged, checkpointed, and stopped when
+asked.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +41,22 @@ class Course:
 
     def lr(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""
-        return learning_rate(step, self.num_steps, self.training.lr, self.training.schedule, self.training.warmup_ratio)
+        return learning_rate(
+            step, self.num_steps, self.training.lr, self.training.schedule, self.training.warmup_ratio
+        )
 
 
 Save = Callable[[int], object]
 
 
-def train(engine: Any, picked: TargetLogits, course: Course, start: int, save: Save, log: StepLog, context: Context) -> None:
-    """Run steps `start` (from 0) to the end; `save(n)` is called after step n where a checkpoint is due, and after the last.
+def train(
+    engine: Any, picked: TargetLogits, course: Course, start: int, save: Save, log: StepLog, context: Context
+) -> None:
+    """Run steps `start` (from 0) to the end; `save(n)` is called after step n where a checkpoint is due, and
+    after the last.
 
-    Raises Preempted, after saving, if any rank was asked to stop; InputError if the loss is no longer a number.
+    Raises Preempted, after saving, if any rank was asked to stop; InputError if the loss is no longer a
+    number.
     """
     every = course.training.checkpoint_every_steps
     with context.progress("training", course.num_steps, "steps") as progress:
@@ -70,7 +78,8 @@ def _timed_step(engine: Any, picked: TargetLogits, course: Course, index: int, c
     started = time.perf_counter()
     batch = course.batches.at(index)
     lr = course.lr(index)
-    # What chance there is (LoRA's dropout) depends on the step and the rank alone, so a resumed run repeats it.
+    # What chance there is (LoRA's dropout) depends on the step and the rank alone, so a resumed run repeats
+    # it.
     torch.manual_seed(hash((course.seed, index, context.rank)))
     set_learning_rate(engine, lr)
     loss = optimizer_step(engine, picked, course, batch, context)
@@ -85,11 +94,15 @@ def _timed_step(engine: Any, picked: TargetLogits, course: Course, index: int, c
     return Step(index + 1, epoch, loss, lr, norm, tokens, round(tokens / seconds, 1))
 
 
-def optimizer_step(engine: Any, picked: TargetLogits, course: Course, batch: Sequence[int], context: Context) -> float:
-    """Forward, backward and update over `batch`; the mean loss over its targets before the update. Collective.
+def optimizer_step(
+    engine: Any, picked: TargetLogits, course: Course, batch: Sequence[int], context: Context
+) -> float:
+    """Forward, backward and update over `batch`; the mean loss over its targets before the update.
+    Collective.
 
-    DeepSpeed averages gradients over the ranks, so each rank's sum is weighed by ranks / targets of the whole batch. A rank
-    that has no record left runs one with weight 0: under ZeRO-3 all must make the same number of passes.
+    DeepSpeed averages gradients over the ranks, so each rank's sum is weighed by ranks / targets of the whole
+    batch. A rank that has no record left runs one with weight 0: under ZeRO-3 all must make the same number
+    of passes.
     """
     num_targets = sum(course.records[i].num_targets for i in batch)
     total = torch.zeros((), dtype=torch.float64, device=context.device)
@@ -104,6 +117,8 @@ def optimizer_step(engine: Any, picked: TargetLogits, course: Course, batch: Seq
 
 
 def _report(engine: Any, step: Step) -> None:
-    """Hand the loss to whatever monitor (TensorBoard, W&B, CSV) the DeepSpeed config names; the rate it writes itself."""
+    """Hand the loss to whatever monitor (TensorBoard, W&B, CSV) the DeepSpeed config names; the rate it
+    writes itself.
+    """
     if engine.monitor.enabled:
         engine.monitor.write_events([("Train/Samples/train_loss", step.loss, engine.global_samples)])

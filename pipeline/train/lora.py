@@ -23,23 +23,31 @@ _ADAPTER = "default"
 def lora_config(model: Any, settings: LoraTraining) -> LoraConfig:
     """PEFT's config for `model` (which may lie on the meta device).
 
-    Raises InputError if the modules to adapt are not known for its architecture, are not in it, or cannot be adapted.
+    Raises InputError if the modules to adapt are not known for its architecture, are not in it, or cannot be
+    adapted.
     """
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
     names = settings.target_modules or _query_and_value(model)
-    found = {name: [m for path, m in model.named_modules() if path == name or path.endswith(f".{name}")] for name in names}
+    found = {
+        name: [m for path, m in model.named_modules() if path == name or path.endswith(f".{name}")]
+        for name in names
+    }
     absent = [name for name, modules in found.items() if not modules]
     if absent:
         raise InputError(f"lora.target_modules: the model has no module named {', '.join(absent)}")
     embeddings = model.get_input_embeddings().weight
     for name, modules in found.items():
-        other = next((module for module in modules if not isinstance(module, (torch.nn.Linear, Conv1D))), None)
+        other = next(
+            (module for module in modules if not isinstance(module, (torch.nn.Linear, Conv1D))), None
+        )
         if other is not None:
             raise InputError(f"lora.target_modules: {name} is a {type(other).__name__}; name linear modules")
         if any(module.weight is embeddings for module in modules):
-            raise InputError(f"lora.target_modules: {name} shares its weights with the input embeddings; leave it out")
+            raise InputError(
+                f"lora.target_modules: {name} shares its weights with the input embeddings; leave it out"
+            )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
@@ -51,12 +59,16 @@ def lora_config(model: Any, settings: LoraTraining) -> LoraConfig:
 
 
 def _query_and_value(model: Any) -> list[str]:
-    """The attention's query and value projections, as in the paper; where they are fused with others, the fused module."""
+    """The attention's query and value projections, as in the paper; where they are fused with others, the
+    fused module.
+    """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     kind = model.config.model_type
     if kind not in KNOWN:
-        raise InputError(f"lora.target_modules: not known for {kind} models; name the linear modules to adapt")
+        raise InputError(
+            f"lora.target_modules: not known for {kind} models; name the linear modules to adapt"
+        )
     return list(KNOWN[kind])
 
 
@@ -70,7 +82,8 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
 
 
 class InitialAdapter:
-    """The adapter's first values as a tensor source: A uniform as in PEFT, B zero, so that training starts from the base model.
+    """The adapter's first values as a tensor source: A uniform as in PEFT, B zero, so that training starts
+    from the base model.
 
     Each matrix has a generator of its own, seeded by its name: no rank, stage or precision changes it.
     """
@@ -78,8 +91,14 @@ class InitialAdapter:
     kind = "initial adapter"
 
     def __init__(self, model: torch.nn.Module, seed: int) -> None:
-        trained = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert all(prod(shape) > 0 for shape in trained.values()), "PEFT makes the matrices whole, before DeepSpeed partitions them"
+        trained = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        assert all(prod(shape) > 0 for shape in trained.values()), (
+            "PEFT makes the matrices whole, before DeepSpeed partitions them"
+        )
         self.tensors = {name: TensorInfo(name, shape, "float32") for name, shape in trained.items()}
         self.aliases: dict[str, str] = {}
         self._seed = seed

@@ -1,7 +1,8 @@
-"""The loss: cross-entropy on the answer and EOS alone, averaged over the answer tokens of the whole global batch.
+"""The loss: cross-entropy on the answer and EOS alone, averaged over the answer tokens of the whole global
+batch.
 
-Each rank knows the whole batch, so it weighs its own sum by the batch's number of targets. The result does then not
-depend on how the batch is cut into ranks and micro-batches, beyond rounding.
+Each rank knows the whole batch, so it weighs its own sum by the batch's number of targets. The result does
+then not depend on how the batch is cut into ranks and micro-batches, beyond rounding.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Put theta' into a DeepSpeed engine in float32: each rank reads its own slices of a tensor source into its master partition.
+"""Put theta' into a DeepSpeed engine in float32: each rank reads its own slices of a tensor source into its
+master partition.
 
-`deepspeed.initialize` makes the fp32 masters from weights already rounded to bf16, which undoes a small subtraction. So
-the values come afterwards, bit for bit, and the 16-bit weights are then derived from them. Names of DeepSpeed's fields
-are those of 0.19; a test compares every element at ZeRO 1, 2 and 3.
+`deepspeed.initialize` makes the fp32 masters from weights already rounded to bf16, which undoes a small
+subtraction. So the values come afterwards, bit for bit, and the 16-bit weights are then derived from them.
+Names of DeepSpeed's fields are those of 0.19; a test compares every element at ZeRO 1, 2 and 3.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ class Binding(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The piece of a flattened parameter that this rank holds: `values`, a 1-D view, begin at its element `start`."""
+    """The piece of a flattened parameter that this rank holds: `values`, a 1-D view, begin at its element
+    `start`.
+    """
 
     values: torch.Tensor
     start: int
 
 
 def load(engine: Any, bindings: Iterable[Binding]) -> None:
-    """Load every binding's tensor: into the masters if the parameter is trained, else into the frozen weights.
+    """Load every binding's tensor: into the masters if the parameter is trained, else into the frozen
+    weights.
 
-    Collective, before the first forward pass. Trained weights become their masters rounded to the model's dtype.
+    Collective, before the first forward pass. Trained weights become their masters rounded to the model's
+    dtype.
     """
     with torch.no_grad(), _open_for_writing(engine):
         masters = spans_of_masters(engine)
@@ -50,7 +55,9 @@ def load(engine: Any, bindings: Iterable[Binding]) -> None:
 
 
 def spans_of_masters(engine: Any) -> dict[torch.nn.Parameter, Span]:
-    """This rank's piece of each trained parameter's fp32 master; a parameter that lies on other ranks is absent."""
+    """This rank's piece of each trained parameter's fp32 master; a parameter that lies on other ranks is
+    absent.
+    """
     optimizer = engine.optimizer
     found = _spans_zero3(optimizer) if engine.zero_optimization_stage() == 3 else _spans_zero12(optimizer)
     spans = dict(found)
@@ -59,8 +66,15 @@ def spans_of_masters(engine: Any) -> dict[torch.nn.Parameter, Span]:
 
 
 def _spans_zero12(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Span]]:
-    """All parameters of a group lie in one flat tensor, cut into equal parts: a boundary may fall inside a parameter."""
-    groups = zip(optimizer.bit16_groups, optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups, strict=True)
+    """All parameters of a group lie in one flat tensor, cut into equal parts: a boundary may fall inside a
+    parameter.
+    """
+    groups = zip(
+        optimizer.bit16_groups,
+        optimizer.bit16_groups_flat,
+        optimizer.single_partition_of_fp32_groups,
+        strict=True,
+    )
     for group, flat, master in groups:
         first = dist.get_rank() * master.numel()
         for parameter in group:
@@ -71,7 +85,9 @@ def _spans_zero12(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Span]]:
 
 
 def _spans_zero3(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Span]]:
-    """Every parameter is cut into equal parts by itself; a group's flat master holds this rank's parts one after another."""
+    """Every parameter is cut into equal parts by itself; a group's flat master holds this rank's parts one
+    after another.
+    """
     for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         offset = 0
         for parameter in group:

@@ -1,4 +1,6 @@
-"""The module to train, its weights still empty, and which tensor of the model's source each parameter is to hold."""
+"""The module to train, its weights still empty, and which tensor of the model's source each parameter is to
+hold.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ _DROPOUTS = "attn_pdrop embd_pdrop resid_pdrop attention_dropout hidden_dropout 
 
 
 def build(folder: Path, device: str, precision: str, gradient_checkpointing: bool) -> PreTrainedModel:
-    """The causal language model of `folder`'s config; under ZeRO-3 (see `engine.session`) it is partitioned as it is made.
+    """The causal language model of `folder`'s config; under ZeRO-3 (see `engine.session`) it is partitioned
+    as it is made.
 
-    Its own dropout (GPT-2 has some) is off: the result must not depend on how a batch is cut up among the ranks.
+    Its own dropout (GPT-2 has some) is off: the result must not depend on how a batch is cut up among the
+    ranks.
     """
-    model = empty_model(folder, device, DTYPES[precision], use_cache=False, **dict.fromkeys(_DROPOUTS.split(), 0.0))
+    model = empty_model(
+        folder, device, DTYPES[precision], use_cache=False, **dict.fromkeys(_DROPOUTS.split(), 0.0)
+    )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -44,7 +50,8 @@ def num_positions(config: Any) -> int | None:
 
 
 def bind(model: torch.nn.Module, source: TensorSource) -> list[Binding]:
-    """A binding for each parameter of `model`, tied ones once. Buffers that are stored with the weights are filled at once.
+    """A binding for each parameter of `model`, tied ones once. Buffers that are stored with the weights are
+    filled at once.
 
     Raises InputError naming what the source lacks, or has in another shape.
     """
@@ -57,7 +64,9 @@ def bind(model: torch.nn.Module, source: TensorSource) -> list[Binding]:
             continue
         shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
         if shape != info.shape:
-            raise InputError(f"{name}: shape {info.shape} in the {source.kind} weights, but {shape} by the model's config")
+            raise InputError(
+                f"{name}: shape {info.shape} in the {source.kind} weights, but {shape} by the model's config"
+            )
         if isinstance(tensor, torch.nn.Parameter):
             bindings[tensor] = Binding(tensor, source, name)
         else:

@@ -29,8 +29,11 @@ class Record:
         return len(self.encoded.ids) - self.encoded.answer_start
 
 
-def training_records(facts: Iterable[Fact], target: Target, prompter: Prompter, max_length: int, num_positions: int | None) -> list[Record]:
-    """The records of `facts`: with their old or their new answers; `old_and_locality` adds every unrelated question once.
+def training_records(
+    facts: Iterable[Fact], target: Target, prompter: Prompter, max_length: int, num_positions: int | None
+) -> list[Record]:
+    """The records of `facts`: with their old or their new answers; `old_and_locality` adds every unrelated
+    question once.
 
     `num_positions` is how many tokens the model has positions for, if that is limited.
     Raises InputError, naming the fact, for a record longer than `max_length` or than the model takes.
@@ -62,8 +65,14 @@ def _questions(facts: list[Fact], target: Target) -> Iterable[tuple[str, str, st
 
 def _check(record: Record, max_length: int, num_positions: int | None) -> None:
     if record.num_tokens > max_length:
-        raise InputError(f"fact {record.id}: {record.num_tokens} tokens, more than max_length {max_length}; raise it, or drop this fact")
+        raise InputError(
+            f"fact {record.id}: {record.num_tokens} tokens, more than max_length {max_length}; raise it, or drop this fact"
+        )
     if num_positions is not None and record.num_tokens > num_positions:
-        raise InputError(f"fact {record.id}: {record.num_tokens} tokens, but the model has {num_positions} positions; drop this fact")
+        raise InputError(
+            f"fact {record.id}: {record.num_tokens} tokens, but the model has {num_positions} positions; drop this fact"
+        )
     if record.encoded.answer_start == 0:
-        raise InputError(f"fact {record.id}: no token before its answer; set prompt.add_bos or another prompt.template")
+        raise InputError(
+            f"fact {record.id}: no token before its answer; set prompt.add_bos or another prompt.template"
+        )

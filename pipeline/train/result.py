@@ -1,4 +1,6 @@
-"""What a training leaves: a Hugging Face folder or a PEFT adapter, streamed from the fp32 masters of its last checkpoint."""
+"""What a training leaves: a Hugging Face folder or a PEFT adapter, streamed from the fp32 masters of its last
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ def write_full(checkpoint: Path, folder: Path, base: Path, context: Context) -> 
         write_model(source, folder, "float32", _SHARD_SIZE, extras_from=base, context=context)
 
 
-def write_adapter(checkpoint: Path, folder: Path, config: LoraConfig, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the adapter in fp32 to `folder` as PEFT does; `base` is the model folder that its config names."""
+def write_adapter(
+    checkpoint: Path, folder: Path, config: LoraConfig, base: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write the adapter in fp32 to `folder` as PEFT does; `base` is the model folder that its config
+    names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with closing(open_source(checkpoint)) as source:
         renamed = _Renamed(source)
@@ -42,7 +48,9 @@ def write_adapter(checkpoint: Path, folder: Path, config: LoraConfig, base: Path
 def _described(config: LoraConfig, base: Path) -> dict[str, Any]:
     """PEFT's own form, but with its sets in one order always."""
     fields = config.to_dict() | {"base_model_name_or_path": str(base), "inference_mode": True}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(fields.items())}
+    return {
+        name: sorted(value) if isinstance(value, set) else value for name, value in sorted(fields.items())
+    }
 
 
 class _Renamed:
@@ -53,7 +61,10 @@ class _Renamed:
         self.aliases: dict[str, str] = {}
         self._source = source
         self._names = {saved_name(name): name for name in source.tensors if is_adapter(name)}
-        self.tensors = {new: TensorInfo(new, source.tensors[old].shape, source.tensors[old].dtype) for new, old in self._names.items()}
+        self.tensors = {
+            new: TensorInfo(new, source.tensors[old].shape, source.tensors[old].dtype)
+            for new, old in self._names.items()
+        }
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._source.read(self._names[name], start, stop)

@@ -6,10 +6,17 @@ from math import ceil, cos, pi
 from typing import Literal
 
 
-def learning_rate(step: int, num_steps: int, peak: float, schedule: Literal["constant", "linear", "cosine"], warmup_ratio: float) -> float:
+def learning_rate(
+    step: int,
+    num_steps: int,
+    peak: float,
+    schedule: Literal["constant", "linear", "cosine"],
+    warmup_ratio: float,
+) -> float:
     """The rate of step `step` of `num_steps` (from 0).
 
-    Warmup rises linearly over the first `warmup_ratio` of the steps and reaches `peak` with its last one; no step has rate 0.
+    Warmup rises linearly over the first `warmup_ratio` of the steps and reaches `peak` with its last one; no
+    step has rate 0.
     """
     num_warmup = ceil(num_steps * warmup_ratio)
     if step < num_warmup:

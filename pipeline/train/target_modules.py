@@ -1,4 +1,6 @@
-"""LoRA's target modules, looked for when an experiment is planned: on a cluster the first fine-tuning may start hours later."""
+"""LoRA's target modules, looked for when an experiment is planned: on a cluster the first fine-tuning may
+start hours later.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,16 @@ from pipeline.weights.safetensors import SafetensorsSource
 
 
 def require(folder: Path, settings: LoraTraining) -> None:
-    """Raises InputError if the modules that `settings` name are not in the model in `folder`, or cannot be adapted, or its config
-    has values of a wrong kind.
+    """Raises InputError if the modules that `settings` name are not in the model in `folder`, or cannot be
+    adapted, or its config has values of a wrong kind.
 
     The names of the stored matrices, which need no torch, usually show that they are.
     """
     matrices = _matrices(folder)
-    if all(any(matrix.endswith(f".{name}.weight") for matrix in matrices) for name in settings.target_modules or []):
+    if all(
+        any(matrix.endswith(f".{name}.weight") for matrix in matrices)
+        for name in settings.target_modules or []
+    ):
         return
     # A model may be stored under other names, or not be here but for its config: it knows its modules itself.
     from pipeline.models.check import unusable_config

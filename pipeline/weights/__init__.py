@@ -1,1 +1,3 @@
-"""Tensor sources: anything that yields named tensors slice by slice, read in place and never whole; and the writer."""
+"""Tensor sources: anything that yields named tensors slice by slice, read in place and never whole; and the
+writer.
+"""

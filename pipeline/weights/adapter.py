@@ -1,6 +1,8 @@
-"""A PEFT LoRA adapter on its base as a tensor source: base + scaling * (B @ A), block of rows by block of rows.
+"""A PEFT LoRA adapter on its base as a tensor source: base + scaling * (B @ A), block of rows by block of
+rows.
 
-Format: `adapter_config.json`, and `adapter_model.safetensors` (or `.bin`) with `base_model.model.<module>.lora_A.weight`
+Format: `adapter_config.json`, and `adapter_model.safetensors` (or `.bin`) with
+    `base_model.model.<module>.lora_A.weight`
 (rank x in) and `lora_B.weight` (out x rank).
 """
 
@@ -29,18 +31,23 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB]
 
 
 class AdapterSource:
-    """The tensors of `base` with an adapter's change added: float32 where there is one, else as they are in the base."""
+    """The tensors of `base` with an adapter's change added: float32 where there is one, else as they are in
+    the base.
+    """
 
     kind = "adapter"
 
     def __init__(self, folder: Path, base: TensorSource) -> None:
-        """Raises InputError for what is not plain LoRA (by name), and for modules that do not fit the base. Closing closes `base` too."""
+        """Raises InputError for what is not plain LoRA (by name), and for modules that do not fit the base.
+        Closing closes `base` too.
+        """
         self._base = base
         self._factors = _open_factors(folder)
         self._changes = _changes(folder, self._factors, base)
         self.changed = frozenset(self._changes)
         self.tensors = {
-            name: TensorInfo(name, info.shape, "float32") if name in self.changed else info for name, info in base.tensors.items()
+            name: TensorInfo(name, info.shape, "float32") if name in self.changed else info
+            for name, info in base.tensors.items()
         }
         self.aliases = dict(base.aliases)
         self._room_elements = max(change.room_elements for change in self._changes.values())
@@ -61,7 +68,9 @@ class AdapterSource:
         return 8 * self._room_elements + self._changes[name].working_bytes(num_elements)
 
     def _room(self) -> torch.Tensor:
-        """The thread's own, for all slices: of memory that is freed and taken again, malloc keeps several times as much."""
+        """The thread's own, for all slices: of memory that is freed and taken again, malloc keeps several
+        times as much.
+        """
         import torch
 
         if not hasattr(self._own, "room"):
@@ -79,7 +88,9 @@ def _open_factors(folder: Path) -> StoredSource:
         return SafetensorsSource(folder / "adapter_model.safetensors")
     if (folder / "adapter_model.bin").is_file():
         return TorchBinSource(folder / "adapter_model.bin")
-    raise InputError(f"{folder}: has an adapter_config.json but no adapter_model.safetensors; save the adapter again")
+    raise InputError(
+        f"{folder}: has an adapter_config.json but no adapter_model.safetensors; save the adapter again"
+    )
 
 
 def _changes(folder: Path, factors: TensorSource, base: TensorSource) -> dict[str, LowRank]:
@@ -90,15 +101,21 @@ def _changes(folder: Path, factors: TensorSource, base: TensorSource) -> dict[st
     aligned = align_to_base(list(weights.values()), base)
     absent = [module for module, weight in weights.items() if aligned.get(weight) not in base.tensors]
     if absent:
-        raise InputError(f"{folder}: changes modules whose weights the base lacks or ties to others: {', '.join(absent)}")
+        raise InputError(
+            f"{folder}: changes modules whose weights the base lacks or ties to others: {', '.join(absent)}"
+        )
     return {
-        aligned[weights[module]]: _change(folder, config, module, factors, pair, base.tensors[aligned[weights[module]]])
+        aligned[weights[module]]: _change(
+            folder, config, module, factors, pair, base.tensors[aligned[weights[module]]]
+        )
         for module, pair in modules.items()
     }
 
 
 def _modules(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """{module: (name of its A, name of its B)}. Raises InputError for tensors that are neither, or that lack their fellow."""
+    """{module: (name of its A, name of its B)}. Raises InputError for tensors that are neither, or that lack
+    their fellow.
+    """
     found: dict[str, dict[str, str]] = {}
     foreign = []
     for name in names:
@@ -108,17 +125,30 @@ def _modules(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
         else:
             foreign.append(name)
     if foreign:
-        raise InputError(f"{folder}: holds tensors that are not LoRA factors of linear layers: {', '.join(foreign)}; {MERGE}")
+        raise InputError(
+            f"{folder}: holds tensors that are not LoRA factors of linear layers: {', '.join(foreign)}; {MERGE}"
+        )
     single = [module for module, factors in found.items() if len(factors) != 2]
     if single or not found:
-        raise InputError(f"{folder}: has only one of lora_A and lora_B for {', '.join(single) or 'every module'}; save the adapter again")
+        raise InputError(
+            f"{folder}: has only one of lora_A and lora_B for {', '.join(single) or 'every module'}; save the adapter again"
+        )
     return {module: (factors["A"], factors["B"]) for module, factors in found.items()}
 
 
-def _change(folder: Path, config: AdapterConfig, module: str, factors: TensorSource, pair: tuple[str, str], target: TensorInfo) -> LowRank:
+def _change(
+    folder: Path,
+    config: AdapterConfig,
+    module: str,
+    factors: TensorSource,
+    pair: tuple[str, str],
+    target: TensorInfo,
+) -> LowRank:
     a, b = (factors.tensors[name].shape for name in pair)
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != config.rank(module):
-        raise InputError(f"{folder}: {module}: lora_A is {a} and lora_B {b}, which is not a product of rank {config.rank(module)}")
+        raise InputError(
+            f"{folder}: {module}: lora_A is {a} and lora_B {b}, which is not a product of rank {config.rank(module)}"
+        )
     shape = b[0], a[1]
     if target.shape not in (shape, shape[::-1]):
         raise InputError(
@@ -126,4 +156,6 @@ def _change(folder: Path, config: AdapterConfig, module: str, factors: TensorSou
         )
     is_transposed = config.fan_in_fan_out if shape[0] == shape[1] else target.shape != shape
     rank = a[0]
-    return LowRank(factors, *pair, config.alpha(module) / (sqrt(rank) if config.use_rslora else rank), is_transposed)
+    return LowRank(
+        factors, *pair, config.alpha(module) / (sqrt(rank) if config.use_rslora else rank), is_transposed
+    )

@@ -1,4 +1,6 @@
-"""`adapter_config.json` of a PEFT LoRA adapter: its ranks and alphas, once everything that is not plain LoRA is refused."""
+"""`adapter_config.json` of a PEFT LoRA adapter: its ranks and alphas, once everything that is not plain LoRA
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _NOT_PLAIN = {
     "layer_replication": "layer_replication",
 }
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base's weights as they are; PiSSA, OLoRA, LoftQ and others change them."""
+"""Values of init_lora_weights that leave the base's weights as they are; PiSSA, OLoRA, LoftQ and others
+change them.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,14 @@ class AdapterConfig:
             fan_in_fan_out=bool(values.get("fan_in_fan_out")),
             _rank=_rank(path, "r", values.get("r")),
             _alpha=_alpha(path, "lora_alpha", values.get("lora_alpha")),
-            _rank_pattern={key: _rank(path, f"rank_pattern {key!r}", rank) for key, rank in _table(path, values, "rank_pattern")},
-            _alpha_pattern={key: _alpha(path, f"alpha_pattern {key!r}", alpha) for key, alpha in _table(path, values, "alpha_pattern")},
+            _rank_pattern={
+                key: _rank(path, f"rank_pattern {key!r}", rank)
+                for key, rank in _table(path, values, "rank_pattern")
+            },
+            _alpha_pattern={
+                key: _alpha(path, f"alpha_pattern {key!r}", alpha)
+                for key, alpha in _table(path, values, "alpha_pattern")
+            },
         )
 
     def rank(self, module: str) -> int:
@@ -75,7 +85,9 @@ class AdapterConfig:
         try:
             return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), "")
         except re.error as error:
-            raise InputError(f"{self.path}: a key of rank_pattern or alpha_pattern is not a regular expression ({error})") from error
+            raise InputError(
+                f"{self.path}: a key of rank_pattern or alpha_pattern is not a regular expression ({error})"
+            ) from error
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -84,7 +96,9 @@ def load(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({type(error).__name__}); save the adapter again") from error
+        raise InputError(
+            f"{path}: not valid JSON ({type(error).__name__}); save the adapter again"
+        ) from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: not an adapter's configuration")
     return values
@@ -117,10 +131,14 @@ def _require_plain(path: Path, values: dict[str, Any]) -> None:
     if values.get("peft_type") != "LORA":
         raise InputError(f"{path}: a {values.get('peft_type')} adapter; only LORA is supported")
     if values.get("bias", "none") != "none":
-        raise InputError(f"{path}: trained with bias: {values['bias']}; only bias: none is supported; {MERGE}")
+        raise InputError(
+            f"{path}: trained with bias: {values['bias']}; only bias: none is supported; {MERGE}"
+        )
     for key, method in _NOT_PLAIN.items():
         if values.get(key):
             raise InputError(f"{path}: uses {method} ({key}), which is not supported; {MERGE}")
     if values.get("init_lora_weights") not in _PLAIN_STARTS:
         start = values["init_lora_weights"]
-        raise InputError(f"{path}: init_lora_weights {start!r} changed the base's weights; save the adapter converted to plain LoRA")
+        raise InputError(
+            f"{path}: init_lora_weights {start!r} changed the base's weights; save the adapter converted to plain LoRA"
+        )

@@ -1,4 +1,6 @@
-"""A file written aside and renamed into place when it is whole, with a lock that tells living writers from killed ones."""
+"""A file written aside and renamed into place when it is whole, with a lock that tells living writers from
+killed ones.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ Self = TypeVar("Self", bound="AsideFile")
 class AsideFile:
     """A file in the making, of known size, for any threads to write into. Used as a context manager.
 
-    It is made at its full size, so that a full disk is met before the work, not after it. Leaving the context syncs it
-    and renames it into place; leaving by an exception removes it. It is locked while it is written, by which `sweep`
-    tells a killed writer's leftover from a living one's work.
+    It is made at its full size, so that a full disk is met before the work, not after it. Leaving the context
+    syncs it and renames it into place; leaving by an exception removes it. It is locked while it is written,
+    by which `sweep` tells a killed writer's leftover from a living one's work.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
@@ -66,7 +68,9 @@ class AsideFile:
     def __enter__(self: Self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             self.abandon()
             return
@@ -107,7 +111,9 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; files that a living one still writes stay (and all, where there are no locks)."""
+    """Remove what killed writers left in `folder`; files that a living one still writes stay (and all, where
+    there are no locks).
+    """
     for path in folder.glob(".*.safetensors.????????.tmp"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,7 +1,8 @@
-"""The names that transformers gives a hub file's tensors when it loads them: `embed_out.weight` runs as `lm_head.weight`.
+"""The names that transformers gives a hub file's tensors when it loads them: `embed_out.weight` runs as
+`lm_head.weight`.
 
-transformers (5 and later) keeps a table of such renamings per model; it is asked here, for models whose tensors are
-renamed but not regrouped (dense ones).
+transformers (5 and later) keeps a table of such renamings per model; it is asked here, for models whose
+tensors are renamed but not regrouped (dense ones).
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ def runtime_names(names: Collection[str], architecture: str, model_type: str) ->
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    table = get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(model_type) or []
+    table = (
+        get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(model_type) or []
+    )
     table = [*table, *(get_checkpoint_conversion_mapping("legacy") or [])]
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     renamed = {name: _rename(name, renamings) for name in names}
     converters = [entry for entry in table if not isinstance(entry, WeightRenaming)]
-    regrouped = [name for name, new in renamed.items() if any(entry.rename_source_key(new)[1] is not None for entry in converters)]
+    regrouped = [
+        name
+        for name, new in renamed.items()
+        if any(entry.rename_source_key(new)[1] is not None for entry in converters)
+    ]
     if regrouped:
         raise InputError(
             f"{architecture}: transformers regroups {len(regrouped)} of its tensors on loading ({regrouped[0]} ...), which is not supported"
@@ -69,12 +76,18 @@ def align_to_base(names: Collection[str], base: TensorSource) -> dict[str, str]:
         return aligned
     architecture, model_type = _kind(base)
     known = set(aligned.values())
-    renamed = runtime_names([name for name in hub if name not in known], architecture, model_type) if model_type else {}
+    renamed = (
+        runtime_names([name for name in hub if name not in known], architecture, model_type)
+        if model_type
+        else {}
+    )
     if not renamed:
         return aligned
     hub_name = {renamed.get(name, name): name for name in hub}
     if len(hub_name) != len(hub):
-        raise InputError("transformers gives several of the base's tensors one name, so names are not one to one")
+        raise InputError(
+            "transformers gives several of the base's tensors one name, so names are not one to one"
+        )
     return {name: hub_name[runtime] for name, runtime in align_names(names, hub_name).items()}
 
 

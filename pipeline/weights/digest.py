@@ -1,4 +1,5 @@
-"""A digest of what a file or folder holds, wherever it lies: it decides whether an earlier result is still the right one.
+"""A digest of what a file or folder holds, wherever it lies: it decides whether an earlier result is still
+the right one.
 
 Weights are sampled, so that planning a 7B experiment reads megabytes, not gigabytes.
 """
@@ -28,14 +29,18 @@ _NUM_READERS = 16
 def content_digest(path: Path) -> str:
     """16 hex digits: of a file's bytes, or of a folder's files by their names in it, hidden ones left out.
 
-    Files up to 8 MiB are read whole, and so are adapters' weights. Of larger ones: the size, the first MiB (a safetensors header,
-    however long it is) and the last (where torch's files have every tensor's checksum), and the first 4 KiB of every tensor of
-    safetensors and of every MiB. What changes elsewhere goes unseen.
+    Files up to 8 MiB are read whole, and so are adapters' weights. Of larger ones: the size, the first MiB (a
+    safetensors header, however long it is) and the last (where torch's files have every tensor's checksum),
+    and the first 4 KiB of every tensor of safetensors and of every MiB. What changes elsewhere goes unseen.
 
     Raises InputError if a file cannot be read.
     """
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
+    )
     with ThreadPoolExecutor(_NUM_READERS) as readers:
         for name in files:
             with closing(PreadFile(name)) as file:
@@ -58,7 +63,9 @@ def _sample(file: PreadFile, digest: Any, readers: Executor) -> None:
     def read(some: list[tuple[int, int]]) -> bytes:
         return b"".join(file.read_bytes(offset, num_bytes) for offset, num_bytes in some)
 
-    for content in readers.map(read, [ranges[i : i + _RANGES_AT_ONCE] for i in range(0, len(ranges), _RANGES_AT_ONCE)]):
+    for content in readers.map(
+        read, [ranges[i : i + _RANGES_AT_ONCE] for i in range(0, len(ranges), _RANGES_AT_ONCE)]
+    ):
         digest.update(content)
 
 

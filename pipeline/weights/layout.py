@@ -1,4 +1,6 @@
-"""Which files of a folder make up a model: one file, the shards that an index names, or whatever matches a pattern."""
+"""Which files of a folder make up a model: one file, the shards that an index names, or whatever matches a
+pattern.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pipeline.errors import InputError
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The names of a model's files in `folder`, in order, and its index: {tensor: file name}, empty where there is none."""
+    """The names of a model's files in `folder`, in order, and its index: {tensor: file name}, empty where
+    there is none.
+    """
 
     folder: Path
     names: list[str]
@@ -23,13 +27,17 @@ class WeightFiles:
         """Raises InputError naming every tensor that the index promises and `tensors` lacks."""
         absent = [f"{name} ({file})" for name, file in self.weight_map.items() if name not in tensors]
         if absent:
-            raise InputError(f"{self.folder}: the index names tensors that their shards do not hold: {', '.join(absent)}")
+            raise InputError(
+                f"{self.folder}: the index names tensors that their shards do not hold: {', '.join(absent)}"
+            )
 
 
 def find_weight_files(path: Path, single: str, index: str, pattern: str) -> WeightFiles:
-    """The files of the model at `path`: `path` itself, or in this folder `single`, else those of `index`, else those of `pattern`.
+    """The files of the model at `path`: `path` itself, or in this folder `single`, else those of `index`,
+    else those of `pattern`.
 
-    That is the order transformers looks in. Raises InputError if there is none, or if shards are missing (naming all).
+    That is the order transformers looks in. Raises InputError if there is none, or if shards are missing
+    (naming all).
     """
     if path.is_file():
         return WeightFiles(path.parent, [path.name], {})
@@ -50,7 +58,9 @@ def find_weight_files(path: Path, single: str, index: str, pattern: str) -> Weig
 
 
 def _siblings(name: str) -> Iterator[str]:
-    """The names of all shards of the set that `name` says it is one of (`model-00002-of-00003.safetensors`)."""
+    """The names of all shards of the set that `name` says it is one of
+    (`model-00002-of-00003.safetensors`).
+    """
     match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)", name)
     if not match:
         yield name

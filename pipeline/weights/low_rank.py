@@ -1,8 +1,9 @@
-"""scaling * (B @ A) of a LoRA adapter's two factors where they lie in a file, in any slices: neither is ever whole in memory.
+"""scaling * (B @ A) of a LoRA adapter's two factors where they lie in a file, in any slices: neither is ever
+whole in memory.
 
-The product is taken in float64 and rounded once to float32, on a fixed grid of blocks, so that an element's value does not
-depend on how the tensor is sliced. Of a factor, only a panel (what some blocks need) is held at a time, and it is read again for
-every slice: a factor may be as large as the vocabulary.
+The product is taken in float64 and rounded once to float32, on a fixed grid of blocks, so that an element's
+value does not depend on how the tensor is sliced. Of a factor, only a panel (what some blocks need) is held
+at a time, and it is read again for every slice: a factor may be as large as the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ if TYPE_CHECKING:
     import torch
 
 GRID_ELEMENTS = 1 << 17
-"""Elements of a block, at most: 1 MiB in float64. A block is as wide as the tensor, or as a panel where that is less."""
+"""Elements of a block, at most: 1 MiB in float64. A block is as wide as the tensor, or as a panel where that
+is less.
+"""
 PANEL_ELEMENTS = 1 << 20
-"""Elements of a factor that are held at a time, at most: 8 MiB in float64. Of the one on the left, half as many."""
+"""Elements of a factor that are held at a time, at most: 8 MiB in float64. Of the one on the left, half as
+many.
+"""
 BAND_ELEMENTS = 1 << 16
 """Elements that are read at a time, and then widened into their panel."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of one tensor: the product of `b` (out x rank) and `a` (rank x in), two tensors of `factors`, times `scaling`."""
+    """A change of one tensor: the product of `b` (out x rank) and `a` (rank x in), two tensors of `factors`,
+    times `scaling`.
+    """
 
     factors: TensorSource
     a: str
@@ -39,7 +46,8 @@ class LowRank:
     def read(self, start: int, stop: int, room: torch.Tensor) -> torch.Tensor:
         """Elements [start, stop) of the flattened product, float32.
 
-        `room`: float64, 1-D, `room_elements` or more, to be written over. Besides it, `working_bytes` of memory are taken.
+        `room`: float64, 1-D, `room_elements` or more, to be written over. Besides it, `working_bytes` of
+        memory are taken.
         """
         import torch
 
@@ -55,7 +63,9 @@ class LowRank:
                 self._load_left(rows, left)
                 for block in _cut(rows, grid):
                     product, _ = _take(room_block, len(block), len(columns))
-                    torch.mm(left[block.start - rows.start : block.stop - rows.start], right, out=product).mul_(self.scaling)
+                    torch.mm(
+                        left[block.start - rows.start : block.stop - rows.start], right, out=product
+                    ).mul_(self.scaling)
                     wanted = range(max(first, block.start), min(last, block.stop))
                     place = values[wanted.start - first : wanted.stop - first, columns.start : columns.stop]
                     place.copy_(product[wanted.start - block.start : wanted.stop - block.start])
@@ -68,7 +78,9 @@ class LowRank:
         return self._rank * (rows + columns) + min(self._rows_of_block, rows) * columns
 
     def working_bytes(self, num_elements: int) -> int:
-        """The most memory that reading so many elements takes besides the room: for the result, and what was just read of a factor."""
+        """The most memory that reading so many elements takes besides the room: for the result, and what was
+        just read of a factor.
+        """
         num_rows = min(num_elements // self._width + 2, self._height)
         band = max(BAND_ELEMENTS, self._rank, self._columns_of_panel, min(self._rows_of_panel, self._height))
         return 4 * num_rows * self._width + 8 * band
@@ -88,11 +100,17 @@ class LowRank:
             self._load(self.a, range(self._rank), columns, panel)
 
     def _load(self, name: str, rows: range, columns: range, panel: torch.Tensor) -> None:
-        """These rows and columns of a factor as it is stored, to `panel`; together where rows lie one behind the other."""
+        """These rows and columns of a factor as it is stored, to `panel`; together where rows lie one behind
+        the other.
+        """
         width = self.factors.tensors[name].shape[1]
         for band in _cut(rows, max(1, BAND_ELEMENTS // width) if len(columns) == width else 1):
-            values = self.factors.read(name, band.start * width + columns.start, (band.stop - 1) * width + columns.stop)
-            panel[band.start - rows.start : band.stop - rows.start].copy_(values.view(len(band), len(columns)))
+            values = self.factors.read(
+                name, band.start * width + columns.start, (band.stop - 1) * width + columns.stop
+            )
+            panel[band.start - rows.start : band.stop - rows.start].copy_(
+                values.view(len(band), len(columns))
+            )
 
     @cached_property
     def _rank(self) -> int:

@@ -1,4 +1,6 @@
-"""Names of one model's tensors in terms of another's: GPT-2 runs as `transformer.wte.weight`, its hub file says `wte.weight`."""
+"""Names of one model's tensors in terms of another's: GPT-2 runs as `transformer.wte.weight`, its hub file
+says `wte.weight`.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ class _Prefix(NamedTuple):
 def align_names(source: Collection[str], base: Collection[str]) -> dict[str, str]:
     """{name in `source`: the base's name for it}, for every name that the base has too.
 
-    Names that both have are themselves. The others may differ by one module prefix, which is the one that most of them
-    agree on. Raises InputError where that is not one to one.
+    Names that both have are themselves. The others may differ by one module prefix, which is the one that
+    most of them agree on. Raises InputError where that is not one to one.
     """
     own, others = set(source), set(base)
     aligned = {name: name for name in source if name in others}
@@ -35,7 +37,9 @@ def align_names(source: Collection[str], base: Collection[str]) -> dict[str, str
     for name in source:
         renamed = prefix.apply(name) if name not in others else None
         if renamed in aligned:
-            raise InputError(f"tensors {name!r} and {renamed!r} would both be the base's {renamed!r}: the names are not one to one")
+            raise InputError(
+                f"tensors {name!r} and {renamed!r} would both be the base's {renamed!r}: the names are not one to one"
+            )
         if renamed in others and renamed is not None:
             aligned[name] = renamed
     return aligned

@@ -28,12 +28,14 @@ def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSou
     """The tensors under `path`.
 
     Args:
-        path: A safetensors file or a folder of them, a torch `.bin` file or folder, a DeepSpeed ZeRO checkpoint (tag folder, or
-            save folder with `latest`), or a PEFT adapter's folder.
-        base: The model that it is a change of: an adapter needs it, and other sources get its names for their tensors.
+        path: A safetensors file or a folder of them, a torch `.bin` file or folder, a DeepSpeed ZeRO
+            checkpoint (tag folder, or save folder with `latest`), or a PEFT adapter's folder.
+        base: The model that it is a change of: an adapter needs it, and other sources get its names for their
+            tensors.
 
     Raises:
-        InputError: There is nothing of the kind (saying what was looked for), or it is damaged or not supported.
+        InputError: There is nothing of the kind (saying what was looked for), or it is damaged or not
+            supported.
     """
     path = Path(path)
     if not path.exists():
@@ -54,22 +56,34 @@ def open_source(path: Path | str, base: TensorSource | None = None) -> TensorSou
 
 
 def _open_stored(path: Path) -> StoredSource:
-    """Where a folder holds several kinds (the Trainer writes 16-bit safetensors beside a ZeRO checkpoint), the most exact one."""
+    """Where a folder holds several kinds (the Trainer writes 16-bit safetensors beside a ZeRO checkpoint),
+    the most exact one.
+    """
     if is_zero_folder(path):
         return ZeroSource(path)
     if path.suffix == ".safetensors" or any(path.glob("*.safetensors*")):
         return SafetensorsSource(path)
     if path.suffix in _TORCH_TYPES or any(path.glob("pytorch_model*.bin*")):
         return TorchBinSource(path)
-    saves = [str(child) for child in sorted(path.iterdir()) if child.is_dir() and is_zero_folder(child)] if path.is_dir() else []
+    saves = (
+        [str(child) for child in sorted(path.iterdir()) if child.is_dir() and is_zero_folder(child)]
+        if path.is_dir()
+        else []
+    )
     if saves:
-        raise InputError(f"{path}: has no file `latest` that names one of its checkpoints; give the one that you mean: {', '.join(saves)}")
-    looked_for = "*.safetensors, pytorch_model*.bin, adapter_config.json, *_optim_states.pt or latest (DeepSpeed)"
+        raise InputError(
+            f"{path}: has no file `latest` that names one of its checkpoints; give the one that you mean: {', '.join(saves)}"
+        )
+    looked_for = (
+        "*.safetensors, pytorch_model*.bin, adapter_config.json, *_optim_states.pt or latest (DeepSpeed)"
+    )
     raise InputError(f"{path}: no weights found; looked for {looked_for}")
 
 
 def _hub_advice(path: Path) -> str:
-    """What to do about a path that is not there, if it may be meant for a model on the hub: `gpt2`, `org/name`."""
+    """What to do about a path that is not there, if it may be meant for a model on the hub: `gpt2`,
+    `org/name`.
+    """
     is_place = str(path.parent) != "." and path.parent.is_dir()
     if not _HUB_ID.fullmatch(str(path)) or path.suffix in (".safetensors", *_TORCH_TYPES) or is_place:
         return ""
@@ -80,11 +94,15 @@ def _hub_advice(path: Path) -> str:
 
 
 def _require_no_lora_names(path: Path, names: Iterable[str], base: TensorSource) -> None:
-    """Raises InputError for the names of a LoRA run, whose change is not the tensors' own, unless the base has such names too."""
+    """Raises InputError for the names of a LoRA run, whose change is not the tensors' own, unless the base
+    has such names too.
+    """
     example = next(filter(_OF_LORA.search, names), None)
     if example is None or any(map(_OF_LORA.search, base.tensors)):
         return
-    folders = (parent for parent in path.absolute().parents[:2] if (parent / adapter_config.FILE_NAME).is_file())
+    folders = (
+        parent for parent in path.absolute().parents[:2] if (parent / adapter_config.FILE_NAME).is_file()
+    )
     where = next((str(folder) for folder in folders), f"the one with {adapter_config.FILE_NAME}")
     what = f"holds an adapter or a checkpoint of a LoRA run ({example}), not a whole model"
     raise InputError(f"{path}: {what}; give the adapter's folder: {where}")

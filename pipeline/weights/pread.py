@@ -1,4 +1,6 @@
-"""A file that is read by position: from any thread, without a mapping, straight into a tensor's own memory."""
+"""A file that is read by position: from any thread, without a mapping, straight into a tensor's own
+memory.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class PreadFile:
         return bytes(buffer)
 
     def read_into(self, tensor: torch.Tensor, offset: int) -> None:
-        """Fill a contiguous `tensor` with the bytes from `offset` on. Raises InputError where the file is shorter."""
+        """Fill a contiguous `tensor` with the bytes from `offset` on. Raises InputError where the file is
+        shorter.
+        """
         import torch
 
         self.fill(tensor.view(torch.uint8).numpy().data, offset)
@@ -44,7 +48,9 @@ class PreadFile:
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}") from error
             if num_read == 0:
-                raise InputError(f"{self.path}: ends at byte {offset}, {len(view)} bytes short; the file is truncated, get it again")
+                raise InputError(
+                    f"{self.path}: ends at byte {offset}, {len(view)} bytes short; the file is truncated, get it again"
+                )
             view = view[num_read:]
             offset += num_read
 
@@ -67,7 +73,9 @@ def _open(path: Path) -> int:
 
 
 def _lift_limit() -> bool:
-    """Allow as many open files as the system lets us (a checkpoint of 1000 ranks has 2000). False if that was so already."""
+    """Allow as many open files as the system lets us (a checkpoint of 1000 ranks has 2000). False if that was
+    so already.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return False

@@ -1,7 +1,7 @@
 """Safetensors as a tensor source: a file, or a folder of shards with or without an index, read by position.
 
-The header is parsed and checked here, not by the safetensors package: a hostile or truncated file is an InputError
-before any tensor is touched. Format: 8 bytes of header length (little endian), a JSON object
+The header is parsed and checked here, not by the safetensors package: a hostile or truncated file is an
+InputError before any tensor is touched. Format: 8 bytes of header length (little endian), a JSON object
 `{name: {dtype, shape, data_offsets}}`, then the tensors' bytes without holes.
 """
 
@@ -59,7 +59,9 @@ class SafetensorsSource(StoredSource):
     kind = "safetensors"
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError for a damaged file, and for shards or tensors that the index names but that are absent (all of them)."""
+        """Raises InputError for a damaged file, and for shards or tensors that the index names but that are
+        absent (all of them).
+        """
         super().__init__(path)
         self._noted: dict[str, str] = {}
         files = find_weight_files(path, SINGLE, INDEX, "*.safetensors")
@@ -79,12 +81,17 @@ class SafetensorsSource(StoredSource):
                 continue
             if info.name in self.tensors:
                 other = self._stored[info.name].pieces[0].file.path.name
-                raise InputError(f"{file.path}: holds {info.name!r}, which {other} holds too; remove one of the files")
-            self.add(info.name, info.shape, StoredTensor(info.dtype, (Piece(file, offset, info.num_elements),)))
+                raise InputError(
+                    f"{file.path}: holds {info.name!r}, which {other} holds too; remove one of the files"
+                )
+            self.add(
+                info.name, info.shape, StoredTensor(info.dtype, (Piece(file, offset, info.num_elements),))
+            )
 
 
 def read_header(file: PreadFile) -> Header:
-    """The checked header of a safetensors file: every tensor lies inside the file, none overlap, no byte is unaccounted for.
+    """The checked header of a safetensors file: every tensor lies inside the file, none overlap, no byte is
+    unaccounted for.
 
     Raises InputError, naming the file and the tensor.
     """
@@ -92,14 +99,17 @@ def read_header(file: PreadFile) -> Header:
         raise InputError(f"{file.path}: {file.size} bytes are not a safetensors file; get it again")
     length = int.from_bytes(file.read_bytes(0, 8), "little")
     if length > min(MAX_HEADER_BYTES, file.size - 8):
-        raise InputError(f"{file.path}: its header claims {length} bytes of a file of {file.size}; it is truncated or not safetensors")
+        raise InputError(
+            f"{file.path}: its header claims {length} bytes of a file of {file.size}; it is truncated or not safetensors"
+        )
     content = _parse(file.path, file.read_bytes(8, length))
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{file.path}: its __metadata__ is not a table of texts; the header is damaged")
     start = 8 + length
     spans = sorted(
-        (_entry(file.path, name, value) for name, value in content.items()), key=lambda entry: (entry.offset, entry.info.num_bytes)
+        (_entry(file.path, name, value) for name, value in content.items()),
+        key=lambda entry: (entry.offset, entry.info.num_bytes),
     )
     _require_contiguous(file, spans, file.size - start)
     return Header([Entry(entry.info, start + entry.offset) for entry in spans], metadata)
@@ -129,14 +139,26 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     try:
         tag, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise InputError(f"{path}: tensor {name!r} has no dtype, shape and data_offsets; the header is damaged") from None
+        raise InputError(
+            f"{path}: tensor {name!r} has no dtype, shape and data_offsets; the header is damaged"
+        ) from None
     if not isinstance(tag, str) or tag not in DTYPE_OF_TAG:
-        raise InputError(f"{path}: tensor {name!r} has the dtype {tag!r}; supported are {', '.join(DTYPE_OF_TAG)}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in [*shape, begin, end]):
-        raise InputError(f"{path}: tensor {name!r} has sizes or offsets that are not natural numbers; the header is damaged")
+        raise InputError(
+            f"{path}: tensor {name!r} has the dtype {tag!r}; supported are {', '.join(DTYPE_OF_TAG)}"
+        )
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(_is_count(size) for size in [*shape, begin, end])
+    ):
+        raise InputError(
+            f"{path}: tensor {name!r} has sizes or offsets that are not natural numbers; the header is damaged"
+        )
     num_bytes = prod(shape) * DTYPE_BYTES[DTYPE_OF_TAG[tag]]
     if end - begin != num_bytes:
-        raise InputError(f"{path}: tensor {name!r} needs {num_bytes} bytes but its data_offsets span {end - begin}; the header is damaged")
+        raise InputError(
+            f"{path}: tensor {name!r} needs {num_bytes} bytes but its data_offsets span {end - begin}; the header is damaged"
+        )
     return Entry(TensorInfo(name, tuple(shape), DTYPE_OF_TAG[tag]), begin)
 
 

@@ -1,4 +1,6 @@
-"""Safetensors files being written: which tensors go into which shard, and one shard written slice by slice."""
+"""Safetensors files being written: which tensors go into which shard, and one shard written slice by
+slice.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ _UNITS = {
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size like `2GB` (10**9), `256MiB` (2**20) or a plain number. Raises InputError for anything else and for 0."""
+    """Bytes of a size like `2GB` (10**9), `256MiB` (2**20) or a plain number. Raises InputError for anything
+    else and for 0.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     unit = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
@@ -59,7 +63,9 @@ class Shard:
         return len(self.header) + sum(info.num_bytes for info in self.tensors)
 
     def is_written(self, folder: Path) -> bool:
-        """Whether `folder` has this very file: right size, right header. (A shard is renamed into place only when whole.)"""
+        """Whether `folder` has this very file: right size, right header. (A shard is renamed into place only
+        when whole.)
+        """
         path = folder / self.file_name
         if not path.is_file() or path.stat().st_size != self.num_bytes:
             return False
@@ -68,7 +74,8 @@ class Shard:
 
 
 def plan_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int) -> list[Shard]:
-    """Fill shards in the given order, up to `max_shard_bytes` of tensors each; a larger tensor has a shard of its own.
+    """Fill shards in the given order, up to `max_shard_bytes` of tensors each; a larger tensor has a shard of
+    its own.
 
     Names are the Hugging Face hub's: `model.safetensors`, or `model-00001-of-00003.safetensors`.
     """
@@ -80,22 +87,34 @@ def plan_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int) -> list[Sha
             room = max_shard_bytes
         groups[-1].append(info)
         room -= info.num_bytes
-    names = [SINGLE] if len(groups) == 1 else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    names = (
+        [SINGLE]
+        if len(groups) == 1
+        else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    )
     return [Shard(name, aligned(group)) for name, group in zip(names, groups, strict=True)]
 
 
 def aligned(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
-    """The tensors with wider dtypes first, else in the given order: so that each begins at a multiple of its element's size."""
+    """The tensors with wider dtypes first, else in the given order: so that each begins at a multiple of its
+    element's size.
+    """
     return tuple(sorted(tensors, key=lambda info: -DTYPE_BYTES[info.dtype]))
 
 
 def header_bytes(tensors: Sequence[TensorInfo]) -> bytes:
-    """The header of a safetensors file that holds `tensors` in this order, padded to a multiple of 8 bytes."""
+    """The header of a safetensors file that holds `tensors` in this order, padded to a multiple of 8
+    bytes.
+    """
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for info in tensors:
         end = begin + info.num_bytes
-        content[info.name] = {"dtype": TAG_OF_DTYPE[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        content[info.name] = {
+            "dtype": TAG_OF_DTYPE[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -110,7 +129,9 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
 
 
 class ShardWriter(AsideFile):
-    """One safetensors file in the making, for any threads to write slices into. Used as a context manager (see `AsideFile`)."""
+    """One safetensors file in the making, for any threads to write slices into. Used as a context manager
+    (see `AsideFile`).
+    """
 
     def __init__(self, path: Path, tensors: Iterable[TensorInfo]) -> None:
         """Raises OSError (ENOSPC, with the file's name) if the disk is too full."""
@@ -128,11 +149,17 @@ class ShardWriter(AsideFile):
         self.write(memoryview(header), 0)
 
     def write_slice(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Put `values` (1-D, the tensor's dtype) at elements [start, start + len) of the flattened tensor `name`. Each element once."""
+        """Put `values` (1-D, the tensor's dtype) at elements [start, start + len) of the flattened tensor
+        `name`. Each element once.
+        """
         import torch
 
         info = self._infos[name]
-        assert values.dtype == getattr(torch, info.dtype) and start >= 0 and start + values.numel() <= info.num_elements, name
+        assert (
+            values.dtype == getattr(torch, info.dtype)
+            and start >= 0
+            and start + values.numel() <= info.num_elements
+        ), name
         view = values.contiguous().view(torch.uint8).numpy().data
         self.write(view, self._offsets[name] + start * DTYPE_BYTES[info.dtype])
         with self._lock:

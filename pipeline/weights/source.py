@@ -1,7 +1,8 @@
 """What a tensor source is: named tensors, read in flat slices, whatever they lie in.
 
-A safetensors folder, a ZeRO checkpoint, an adapter on its base, and theta - lambda * (tuned - theta) itself are all
-sources, so whatever is done with one (write it, verify it, load it into a running engine) is written once.
+A safetensors folder, a ZeRO checkpoint, an adapter on its base, and theta - lambda * (tuned - theta) itself
+are all sources, so whatever is done with one (write it, verify it, load it into a running engine) is written
+once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-Dtype = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+Dtype = Literal[
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
+]
 
 DTYPE_BYTES = {
     "float64": 8,
@@ -63,7 +66,8 @@ class TensorSource(Protocol):
     """Names that are the same memory as another (tied weights): {alias: owner}. Not in `tensors`."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the tensor, flattened in C order: a 1-D tensor of its stored dtype. An alias reads its owner.
+        """Elements [start, stop) of the tensor, flattened in C order: a 1-D tensor of its stored dtype. An
+        alias reads its owner.
 
         The result may share a buffer with the source's file and must not be written to.
         """

@@ -1,7 +1,7 @@
 """Tensors that lie in files, contiguous or in pieces over many: the part that every source on a disk shares.
 
-A ZeRO partition, a group over its ranks, a parameter inside it: each is a slice or a join of others, so the layouts
-of checkpoints are written as an algebra of `StoredTensor`s, and reading is written once.
+A ZeRO partition, a group over its ranks, a parameter inside it: each is a slice or a join of others, so the
+layouts of checkpoints are written as an algebra of `StoredTensor`s, and reading is written once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ class StoredTensor:
     def locate(self, start: int, stop: int) -> list[Extent]:
         """Where the bytes of elements [start, stop) lie, in order."""
         size = DTYPE_BYTES[self.dtype]
-        return [Extent(piece.file.path, piece.offset, piece.num_elements * size) for piece in self._cut(start, stop)]
+        return [
+            Extent(piece.file.path, piece.offset, piece.num_elements * size)
+            for piece in self._cut(start, stop)
+        ]
 
 
 def join(tensors: Iterable[StoredTensor]) -> StoredTensor:
@@ -93,7 +96,9 @@ def join(tensors: Iterable[StoredTensor]) -> StoredTensor:
     for part in parts:
         if part.dtype != parts[0].dtype:
             where = next(piece.file.path for piece in part.pieces)
-            raise InputError(f"{where}: holds {part.dtype} where files beside it hold {parts[0].dtype}; files of different saves are mixed")
+            raise InputError(
+                f"{where}: holds {part.dtype} where files beside it hold {parts[0].dtype}; files of different saves are mixed"
+            )
     return StoredTensor(parts[0].dtype, tuple(piece for part in parts for piece in part.pieces))
 
 
@@ -110,11 +115,15 @@ class StoredSource:
         self._files: list[PreadFile] = []
 
     def add(self, name: str, shape: tuple[int, ...], stored: StoredTensor) -> None:
-        """Enter a tensor. Raises InputError if its shape and what is stored differ in size, or its name cannot be printed."""
+        """Enter a tensor. Raises InputError if its shape and what is stored differ in size, or its name
+        cannot be printed.
+        """
         self._require_printable(name)
         info = TensorInfo(name, shape, stored.dtype)
         if stored.num_elements != info.num_elements:
-            raise InputError(f"{self.path}: {name!r} of shape {shape} has {stored.num_elements} elements; the files are damaged or mixed")
+            raise InputError(
+                f"{self.path}: {name!r} of shape {shape} has {stored.num_elements} elements; the files are damaged or mixed"
+            )
         self.tensors[name] = info
         self._stored[name] = stored
 
@@ -124,12 +133,18 @@ class StoredSource:
         self.aliases[alias] = owner
 
     def _require_printable(self, name: object) -> None:
-        """A name goes into headers, messages and terminals: no control characters, no halves of surrogate pairs."""
+        """A name goes into headers, messages and terminals: no control characters, no halves of surrogate
+        pairs.
+        """
         if not isinstance(name, str) or not name.isprintable():
-            raise InputError(f"{self.path}: a tensor is named {name!r}, which is not printable text; the file is damaged or hostile")
+            raise InputError(
+                f"{self.path}: a tensor is named {name!r}, which is not printable text; the file is damaged or hostile"
+            )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, in its stored dtype: a new 1-D tensor. An alias reads its owner."""
+        """Elements [start, stop) of the flattened tensor, in its stored dtype: a new 1-D tensor. An alias
+        reads its owner.
+        """
         return self._stored[self.aliases.get(name, name)].read(start, stop)
 
     def locate(self, name: str, start: int, stop: int) -> list[Extent]:
@@ -137,12 +152,19 @@ class StoredSource:
         return self._stored[self.aliases.get(name, name)].locate(start, stop)
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call tensors and aliases by the names that `names` has for them; others keep theirs. It must be one to one."""
+        """Call tensors and aliases by the names that `names` has for them; others keep theirs. It must be one
+        to one.
+        """
         renamed = {names.get(name, name): name for name in [*self.tensors, *self.aliases]}
         assert len(renamed) == len(self.tensors) + len(self.aliases), names
-        self.tensors = {names.get(name, name): replace(info, name=names.get(name, name)) for name, info in self.tensors.items()}
+        self.tensors = {
+            names.get(name, name): replace(info, name=names.get(name, name))
+            for name, info in self.tensors.items()
+        }
         self._stored = {names.get(name, name): stored for name, stored in self._stored.items()}
-        self.aliases = {names.get(alias, alias): names.get(owner, owner) for alias, owner in self.aliases.items()}
+        self.aliases = {
+            names.get(alias, alias): names.get(owner, owner) for alias, owner in self.aliases.items()
+        }
 
     def close(self) -> None:
         for file in self._files:

@@ -1,4 +1,6 @@
-"""A folder of `pytorch_model*.bin` (or one such file) as a tensor source: no pickle is run, no tensor is loaded."""
+"""A folder of `pytorch_model*.bin` (or one such file) as a tensor source: no pickle is run, no tensor is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class TorchBinSource(StoredSource):
     kind = "torch"
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError for a damaged or foreign file, and for shards or tensors that the index names but that are absent."""
+        """Raises InputError for a damaged or foreign file, and for shards or tensors that the index names but
+        that are absent.
+        """
         super().__init__(path)
         files = find_weight_files(path, SINGLE, INDEX, "pytorch_model*.bin")
         owners: dict[ShapedTensor, str] = {}
@@ -35,7 +39,9 @@ class TorchBinSource(StoredSource):
             if weight_map.get(name, path.name) != path.name:
                 continue
             if name in self.tensors or name in self.aliases:
-                raise InputError(f"{path}: holds {name!r}, which another file of the folder holds too; remove one of the files")
+                raise InputError(
+                    f"{path}: holds {name!r}, which another file of the folder holds too; remove one of the files"
+                )
             owner = owners.setdefault(tensor, name) if tensor.stored.num_elements else name
             if owner == name:
                 self.add(name, tensor.shape, tensor.stored)
@@ -49,5 +55,7 @@ def _state_dict(file: TorchFile) -> Mapping[str, ShapedTensor]:
         raise InputError(f"{file.file.path}: does not hold a state dict (a table of named tensors)")
     foreign = [name for name, value in content.items() if not isinstance(value, ShapedTensor)]
     if foreign or not content:
-        raise InputError(f"{file.file.path}: not a model's state dict: {', '.join(map(repr, foreign)) or 'it is empty'}")
+        raise InputError(
+            f"{file.file.path}: not a model's state dict: {', '.join(map(repr, foreign)) or 'it is empty'}"
+        )
     return content

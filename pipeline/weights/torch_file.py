@@ -1,8 +1,10 @@
 """A file of `torch.save`, opened without running it: its object, with every tensor left on the disk.
 
-Format: an uncompressed zip of `<root>/data.pkl` (a pickle in which storages are references) and `<root>/data/<key>`
-(one storage's bytes each). The pickle goes through an unpickler that knows a fixed list of names and gives inert
-stand-ins for them, so no code of the file's choosing ever runs, and DeepSpeed's own classes need not be importable.
+Format: an uncompressed zip of `<root>/data.pkl` (a pickle in which storages are references) and
+    `<root>/data/<key>`
+(one storage's bytes each). The pickle goes through an unpickler that knows a fixed list of names and gives
+inert stand-ins for them, so no code of the file's choosing ever runs, and DeepSpeed's own classes need not be
+importable.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class _Storage(NamedTuple):
 
 
 class Stub:
-    """Stands for an object whose class is not wanted: takes any arguments and keeps the state as attributes."""
+    """Stands for an object whose class is not wanted: takes any arguments and keeps the state as
+    attributes.
+    """
 
     def __new__(cls, *args: Any) -> Stub:
         return super().__new__(cls)
@@ -74,22 +78,37 @@ class TorchFile:
     """A `torch.save` file; `content` is what was saved, with a `ShapedTensor` for each tensor."""
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError for a file that is truncated, of the old format, compressed, or that names a class not on the list."""
+        """Raises InputError for a file that is truncated, of the old format, compressed, or that names a
+        class not on the list.
+        """
         self.file = PreadFile(path)
         if self.file.size < 4 or self.file.read_bytes(0, 4) != b"PK\x03\x04":
-            raise InputError(f"{path}: not a zip of torch.save; if torch < 1.6 wrote it, load it and save it again with a newer torch")
+            raise InputError(
+                f"{path}: not a zip of torch.save; if torch < 1.6 wrote it, load it and save it again with a newer torch"
+            )
         try:
             with zipfile.ZipFile(path) as archive:
                 self._entries = {entry.filename: entry for entry in archive.infolist()}
                 self._root = self._find_root()
                 pickled = self._read_pickle(archive)
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, UnicodeError) as error:
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            UnicodeError,
+        ) as error:
             raise InputError(f"{path}: truncated or damaged ({error}); get it again") from error
         self._storages: dict[str, StoredTensor] = {}
         self.content = self._unpickle(pickled)
 
     def _find_root(self) -> str:
-        roots = [name.removesuffix("/data.pkl") for name in self._entries if name.endswith("/data.pkl") and name.count("/") == 1]
+        roots = [
+            name.removesuffix("/data.pkl")
+            for name in self._entries
+            if name.endswith("/data.pkl") and name.count("/") == 1
+        ]
         if len(roots) != 1:
             raise InputError(f"{self.file.path}: has no data.pkl, so torch.save did not write it")
         return roots[0]
@@ -108,7 +127,9 @@ class TorchFile:
 
     def _require_plain(self, entry: zipfile.ZipInfo) -> None:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise InputError(f"{self.file.path}: {entry.filename!r} is compressed or encrypted; save the file again with torch.save")
+            raise InputError(
+                f"{self.file.path}: {entry.filename!r} is compressed or encrypted; save the file again with torch.save"
+            )
 
     def _unpickle(self, pickled: bytes) -> Any:
         try:
@@ -117,7 +138,9 @@ class TorchFile:
         except InputError:
             raise
         except Exception as error:  # a damaged pickle raises anything
-            raise InputError(f"{self.file.path}: its pickle is damaged ({type(error).__name__}: {error})".splitlines()[0]) from error
+            raise InputError(
+                f"{self.file.path}: its pickle is damaged ({type(error).__name__}: {error})".splitlines()[0]
+            ) from error
 
     def storage(self, dtype: str, key: str, num_elements: int) -> StoredTensor:
         """The storage `key`, `num_elements` of `dtype`. Raises InputError unless the file holds just that."""
@@ -125,7 +148,9 @@ class TorchFile:
             self._storages[key] = self._find_storage(dtype, key, num_elements)
         found = self._storages[key]
         if (found.dtype, found.num_elements) != (dtype, num_elements):
-            raise InputError(f"{self.file.path}: storage {key!r} is used with two dtypes or sizes, which is not supported")
+            raise InputError(
+                f"{self.file.path}: storage {key!r} is used with two dtypes or sizes, which is not supported"
+            )
         return found
 
     def _find_storage(self, dtype: str, key: str, num_elements: int) -> StoredTensor:
@@ -138,7 +163,9 @@ class TorchFile:
         names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         offset = entry.header_offset + _LOCAL_HEADER_BYTES + names
         if header[:4] != b"PK\x03\x04" or entry.file_size != num_bytes or offset + num_bytes > self.file.size:
-            raise InputError(f"{self.file.path}: storage {key!r} does not have the {num_bytes} bytes it should; the file is damaged")
+            raise InputError(
+                f"{self.file.path}: storage {key!r} does not have the {num_bytes} bytes it should; the file is damaged"
+            )
         return StoredTensor(dtype, (Piece(self.file, offset, num_elements),))
 
 
@@ -163,17 +190,28 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, reference: Any) -> _Storage:
         kind, storage, key, _device, num_elements = reference
-        if kind != "storage" or storage not in _DTYPE_OF_STORAGE or type(num_elements) is not int or num_elements < 0:
-            raise InputError(f"{self._owner.file.path}: refers to {kind!r} {storage!r}, which is not a storage of a supported dtype")
+        if (
+            kind != "storage"
+            or storage not in _DTYPE_OF_STORAGE
+            or type(num_elements) is not int
+            or num_elements < 0
+        ):
+            raise InputError(
+                f"{self._owner.file.path}: refers to {kind!r} {storage!r}, which is not a storage of a supported dtype"
+            )
         return _Storage(_DTYPE_OF_STORAGE[storage], str(key), num_elements)
 
 
 def _refusal(owner: TorchFile, name: str) -> InputError:
-    return InputError(f"{owner.file.path}: its pickle names {name!r}, which is not on the list of what may be read; nothing was run")
+    return InputError(
+        f"{owner.file.path}: its pickle names {name!r}, which is not on the list of what may be read; nothing was run"
+    )
 
 
 def _stand_ins(owner: TorchFile) -> dict[str, Any]:
-    def tensor(storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> ShapedTensor:
+    def tensor(
+        storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any
+    ) -> ShapedTensor:
         return _shaped(owner.storage(*storage), offset, tuple(shape), tuple(stride))
 
     def parameter(data: ShapedTensor, *rest: Any) -> ShapedTensor:
@@ -215,8 +253,12 @@ def _stand_ins(owner: TorchFile) -> dict[str, Any]:
     }
 
 
-def _shaped(stored: StoredTensor, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> ShapedTensor:
-    """The tensor of `shape` at element `offset` of its storage. Raises ValueError if it lies outside it or is not contiguous."""
+def _shaped(
+    stored: StoredTensor, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> ShapedTensor:
+    """The tensor of `shape` at element `offset` of its storage. Raises ValueError if it lies outside it or is
+    not contiguous.
+    """
     if not all(type(size) is int and size >= 0 for size in (offset, *shape)) or len(shape) != len(stride):
         raise ValueError("a tensor's sizes are not natural numbers")
     num_elements = prod(shape)
@@ -231,7 +273,9 @@ def _shaped(stored: StoredTensor, offset: int, shape: tuple[int, ...], stride: t
 
 
 def _check_opcodes(pickled: bytes) -> None:
-    """Raises ValueError for a pickle that is cut short, or whose memo numbers would have the unpickler allocate gigabytes."""
+    """Raises ValueError for a pickle that is cut short, or whose memo numbers would have the unpickler
+    allocate gigabytes.
+    """
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(pickled):
             raise ValueError("a memo number is out of range")

@@ -1,9 +1,11 @@
-"""A DeepSpeed checkpoint (ZeRO-1, 2, 3, universal) as a tensor source: fp32 masters, read in place from the ranks' partitions.
+"""A DeepSpeed checkpoint (ZeRO-1, 2, 3, universal) as a tensor source: fp32 masters, read in place from the
+ranks' partitions.
 
-Nothing is consolidated and DeepSpeed is not imported. How the masters are laid out:
-stages 1 and 2: each parameter group is one flat tensor, cut into a partition a rank wherever that falls;
-stage 3: every parameter is cut into one part a rank, and a rank's parts follow each other through its sub-groups;
-universal: a file for each parameter. What pads a part at stage 3 is whatever was in memory, and must never be read.
+Nothing is consolidated and DeepSpeed is not imported. How the masters are laid out: stages 1 and 2: each
+parameter group is one flat tensor, cut into a partition a rank wherever that falls; stage 3: every parameter
+is cut into one part a rank, and a rank's parts follow each other through its sub-groups;
+universal: a file for each parameter. What pads a part at stage 3 is whatever was in memory, and must never be
+    read.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class ZeroSource(StoredSource):
     """
 
     def __init__(self, path: Path) -> None:
-        """`path`: a tag folder, or a save folder with `latest`. Raises InputError as `open_zero_files`, and if sizes do not add up."""
+        """`path`: a tag folder, or a save folder with `latest`. Raises InputError as `open_zero_files`, and
+        if sizes do not add up.
+        """
         files = open_zero_files(path)
         super().__init__(files.folder)
         self.kind = files.kind
@@ -42,7 +46,12 @@ class ZeroSource(StoredSource):
             self._enter(files)
         except InputError:
             raise
-        except (TypeError, AttributeError, ValueError, LookupError) as error:  # tables that hold what DeepSpeed never writes
+        except (
+            TypeError,
+            AttributeError,
+            ValueError,
+            LookupError,
+        ) as error:  # tables that hold what DeepSpeed never writes
             raise InputError(f"{self.path}: damaged ({error})".splitlines()[0]) from error
 
     def _enter(self, files: ZeroFiles) -> None:
@@ -59,11 +68,15 @@ class ZeroSource(StoredSource):
 
 
 def _shapes(files: ZeroFiles, name: str) -> list[dict[str, Shape]]:
-    """`param_shapes` (a dict per group) or `frozen_param_shapes` (one dict or None) of the model states, checked."""
+    """`param_shapes` (a dict per group) or `frozen_param_shapes` (one dict or None) of the model states,
+    checked.
+    """
     groups = files.models[0].get(name)
     groups = groups if isinstance(groups, list) else [groups or {}]
     for group in groups:
-        if not isinstance(group, dict) or not all(isinstance(key, str) and _is_shape(shape) for key, shape in group.items()):
+        if not isinstance(group, dict) or not all(
+            isinstance(key, str) and _is_shape(shape) for key, shape in group.items()
+        ):
             raise InputError(f"{files.folder}: the {name} in its model states are damaged")
     return groups
 
@@ -76,7 +89,9 @@ def _flats(files: ZeroFiles, rank: int, key: str) -> list[StoredTensor]:
     """The flat fp32 tensors of one rank: one per group (stages 1, 2) or sub-group (stage 3)."""
     flats = files.optims[rank].get(key)
     if not isinstance(flats, list) or not all(isinstance(flat, ShapedTensor) for flat in flats):
-        raise InputError(f"{files.folder}: rank {rank}'s file has no {key}; it was offloaded to NVMe, stripped, or is damaged")
+        raise InputError(
+            f"{files.folder}: rank {rank}'s file has no {key}; it was offloaded to NVMe, stripped, or is damaged"
+        )
     return [flat.stored for flat in flats]
 
 
@@ -85,7 +100,9 @@ def _stage_1_2(files: ZeroFiles) -> Iterator[tuple[str, Shape, StoredTensor]]:
     ranks = [_flats(files, rank, "single_partition_of_fp32_groups") for rank in range(files.world_size)]
     paddings = files.optims[0].get("param_alignment_paddings") or [None] * len(groups)
     if not all(len(flats) == len(groups) for flats in [*ranks, paddings]):
-        raise InputError(f"{files.folder}: its files disagree on the number of parameter groups; files of different saves are mixed")
+        raise InputError(
+            f"{files.folder}: its files disagree on the number of parameter groups; files of different saves are mixed"
+        )
     for i, (shapes, padding) in enumerate(zip(groups, paddings, strict=True)):
         yield from _group(files, shapes, join(flats[i] for flats in ranks), padding or [0] * len(shapes))
 
@@ -93,12 +110,18 @@ def _stage_1_2(files: ZeroFiles) -> Iterator[tuple[str, Shape, StoredTensor]]:
 def _group(
     files: ZeroFiles, shapes: dict[str, Shape], flat: StoredTensor, paddings: list[int]
 ) -> Iterator[tuple[str, Shape, StoredTensor]]:
-    """The parameters of one group that is `flat` over all ranks: in order, each followed by its padding, then the tail's padding."""
+    """The parameters of one group that is `flat` over all ranks: in order, each followed by its padding, then
+    the tail's padding.
+    """
     if len(paddings) != len(shapes) or not all(type(padding) is int and padding >= 0 for padding in paddings):
-        raise InputError(f"{files.folder}: its param_alignment_paddings do not fit its param_shapes; the files are damaged")
+        raise InputError(
+            f"{files.folder}: its param_alignment_paddings do not fit its param_shapes; the files are damaged"
+        )
     total = sum(map(prod, shapes.values())) + sum(paddings)
     unit = 2 * files.world_size  # DeepSpeed pads a group to a multiple of this; the file may have it or not
-    if flat.num_elements < total - (paddings or [0])[-1] or ceil(flat.num_elements / unit) != ceil(total / unit):
+    if flat.num_elements < total - (paddings or [0])[-1] or ceil(flat.num_elements / unit) != ceil(
+        total / unit
+    ):
         raise InputError(
             f"{files.folder}: a parameter group needs {total} elements, its partitions have {flat.num_elements}; files are mixed"
         )
@@ -151,19 +174,24 @@ def _part(shape: Shape, world_size: int) -> int:
 
 
 def _frozen(files: ZeroFiles) -> Iterator[tuple[str, Shape, StoredTensor]]:
-    """Parameters that were not trained: whole in the model states at stages 1 and 2, a part in each rank's at stage 3.
+    """Parameters that were not trained: whole in the model states at stages 1 and 2, a part in each rank's at
+    stage 3.
 
     A checkpoint saved without them (`exclude_frozen_parameters`) has none.
     """
     for name, shape in _shapes(files, "frozen_param_shapes")[0].items():
         padded = join(_fragment(files, model, name) for model in files.models)
         if padded.num_elements < prod(shape):
-            raise InputError(f"{files.folder}: frozen {name!r} has {padded.num_elements} of {prod(shape)} elements; files are mixed")
+            raise InputError(
+                f"{files.folder}: frozen {name!r} has {padded.num_elements} of {prod(shape)} elements; files are mixed"
+            )
         yield name, shape, padded.slice(0, prod(shape))
 
 
 def _unnamed_frozen(files: ZeroFiles) -> Iterator[tuple[str, ShapedTensor]]:
-    """The 16-bit module: at stage 1 frozen parameters are there alone. At stage 3 it has empty placeholders."""
+    """The 16-bit module: at stage 1 frozen parameters are there alone. At stage 3 it has empty
+    placeholders.
+    """
     for name, tensor in table(files.models[0].get("module")).items():
         if isinstance(name, str) and isinstance(tensor, ShapedTensor) and tensor.stored.num_elements:
             yield name, tensor
@@ -172,7 +200,9 @@ def _unnamed_frozen(files: ZeroFiles) -> Iterator[tuple[str, ShapedTensor]]:
 def _fragment(files: ZeroFiles, model: dict[str, Any], name: str) -> StoredTensor:
     fragment = table(model.get("frozen_param_fragments")).get(name)
     if not isinstance(fragment, ShapedTensor):
-        raise InputError(f"{files.folder}: the frozen parameter {name!r} is missing from its model states; the files are damaged or mixed")
+        raise InputError(
+            f"{files.folder}: the frozen parameter {name!r} is missing from its model states; the files are damaged or mixed"
+        )
     return fragment.stored
 
 

@@ -1,9 +1,11 @@
-"""The files of a DeepSpeed ZeRO checkpoint: found, opened without running them, and checked to be of one save.
+"""The files of a DeepSpeed ZeRO checkpoint: found, opened without running them, and checked to be of one
+save.
 
 Format (DeepSpeed 0.19): `<save_dir>/latest` names a tag folder. In it, per rank r,
-`[bf16_]zero_pp_rank_{r}_mp_rank_00_optim_states.pt` holds the fp32 masters, and `mp_rank_00_model_states.pt` (stages 1, 2)
-or `zero_pp_rank_{r}_mp_rank_00_model_states.pt` (stage 3) the names, shapes, buffers and frozen parameters.
-A universal checkpoint (`ds_to_universal`) has the same model states, and `zero/<parameter>/fp32.pt` for the masters.
+`[bf16_]zero_pp_rank_{r}_mp_rank_00_optim_states.pt` holds the fp32 masters, and `mp_rank_00_model_states.pt`
+(stages 1, 2) or `zero_pp_rank_{r}_mp_rank_00_model_states.pt` (stage 3) the names, shapes, buffers and frozen
+parameters. A universal checkpoint (`ds_to_universal`) has the same model states, and
+`zero/<parameter>/fp32.pt` for the masters.
 """
 
 from __future__ import annotations
@@ -26,12 +28,16 @@ T = TypeVar("T")
 _LATEST = ("latest", "latest_universal")
 _FORMATS = {"float64": "<d", "float32": "<f", "float16": "<e", "bfloat16": "<f", "bool": "<?"}
 """struct's name for one number that is no integer."""
-_OPTIM = re.compile(r"(?:bf16_)?(?P<expert>exp)?(?:zero_)?pp_rank_(?P<rank>\d+)_mp_rank_(?P<model_rank>\d+)_optim_states\.pt")
+_OPTIM = re.compile(
+    r"(?:bf16_)?(?P<expert>exp)?(?:zero_)?pp_rank_(?P<rank>\d+)_mp_rank_(?P<model_rank>\d+)_optim_states\.pt"
+)
 
 
 @dataclass(frozen=True)
 class ZeroFiles:
-    """A checkpoint's files. Lists are by rank; `models` has one entry at stages 1 and 2, `optims` none in a universal checkpoint."""
+    """A checkpoint's files. Lists are by rank; `models` has one entry at stages 1 and 2, `optims` none in a
+    universal checkpoint.
+    """
 
     folder: Path
     kind: str
@@ -42,7 +48,9 @@ class ZeroFiles:
 
     @property
     def world_size(self) -> int:
-        """How many ranks saved it. (1 for a universal checkpoint of stages 1 and 2, which does not depend on it.)"""
+        """How many ranks saved it. (1 for a universal checkpoint of stages 1 and 2, which does not depend on
+        it.)
+        """
         return len(self.optims) or len(self.models)
 
 
@@ -58,8 +66,8 @@ def is_zero_folder(path: Path) -> bool:
 def open_zero_files(path: Path) -> ZeroFiles:
     """Open a tag folder, or the one that `latest` names in a save folder.
 
-    Raises InputError for missing ranks, files of different saves side by side, truncated files, and for layouts that are
-    not read: stage 0, tensor or expert parallelism, round-robin gradients.
+    Raises InputError for missing ranks, files of different saves side by side, truncated files, and for
+    layouts that are not read: stage 0, tensor or expert parallelism, round-robin gradients.
     """
     folder = _tag_folder(path)
     if (folder / "zero").is_dir():
@@ -73,7 +81,9 @@ def open_zero_files(path: Path) -> ZeroFiles:
     _require_one_save(optim_files, optims, model_files)
     for file in [*optim_files, *model_files]:
         _require_plain_layout(file, stage)
-    return ZeroFiles(folder, f"zero-{stage}", optims, models, [file.file for file in [*optim_files, *model_files]])
+    return ZeroFiles(
+        folder, f"zero-{stage}", optims, models, [file.file for file in [*optim_files, *model_files]]
+    )
 
 
 def _open_universal(folder: Path) -> ZeroFiles:
@@ -96,7 +106,9 @@ def _tag_folder(path: Path) -> Path:
         return path
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not tag or "/" in tag or tag in (".", ".."):
-        raise InputError(f"{latest}: names no folder ({tag!r}); a save was cut short, so give the folder of an earlier one")
+        raise InputError(
+            f"{latest}: names no folder ({tag!r}); a save was cut short, so give the folder of an earlier one"
+        )
     if not (path / tag).is_dir():
         raise InputError(f"{latest}: names {tag!r}, which is not there")
     return path / tag
@@ -113,8 +125,12 @@ def _optim_paths(folder: Path) -> list[Path]:
         if other != path:
             raise InputError(f"{path}: {other.name} is of the same rank; files of different saves are mixed")
     if not paths:
-        raise InputError(f"{folder}: has no *_optim_states.pt, as of ZeRO stage 0 or no DeepSpeed checkpoint; it holds no fp32 masters")
-    absent = list(islice((rank for rank in count() if rank not in paths), min(max(paths) + 1 - len(paths), 20)))
+        raise InputError(
+            f"{folder}: has no *_optim_states.pt, as of ZeRO stage 0 or no DeepSpeed checkpoint; it holds no fp32 masters"
+        )
+    absent = list(
+        islice((rank for rank in count() if rank not in paths), min(max(paths) + 1 - len(paths), 20))
+    )
     if absent:
         raise InputError(f"{folder}: the files of ranks {', '.join(map(str, absent))} are missing")
     return [paths[rank] for rank in sorted(paths)]
@@ -139,12 +155,18 @@ def _require_all_ranks(folder: Path, optim: dict[str, Any], num_files: int) -> N
     counts = optim.get("partition_count")
     counts = counts if isinstance(counts, list) else [counts]
     if any(number != counts[0] for number in counts):
-        raise InputError(f"{folder}: its parameter groups are split over {_text(counts)} ranks; expert parallelism is not supported")
+        raise InputError(
+            f"{folder}: its parameter groups are split over {_text(counts)} ranks; expert parallelism is not supported"
+        )
     if counts[:1] != [num_files]:
-        raise InputError(f"{folder}: was saved by {_text(counts[:1])} ranks, but has the files of {num_files}; some are missing or stale")
+        raise InputError(
+            f"{folder}: was saved by {_text(counts[:1])} ranks, but has the files of {num_files}; some are missing or stale"
+        )
 
 
-def _require_one_save(optim_files: list[TorchFile], optims: list[dict[str, Any]], model_files: list[TorchFile]) -> None:
+def _require_one_save(
+    optim_files: list[TorchFile], optims: list[dict[str, Any]], model_files: list[TorchFile]
+) -> None:
     """The same DeepSpeed, layout, global step and optimizer step everywhere, as far as each file tells."""
     _require_same(optim_files, [file.content.get("ds_version") for file in optim_files], "DeepSpeed version")
     _require_same(optim_files, [optim.get("zero_stage") for optim in optims], "ZeRO stage")
@@ -152,7 +174,9 @@ def _require_one_save(optim_files: list[TorchFile], optims: list[dict[str, Any]]
     _require_same(optim_files, [_optimizer_steps(optim) for optim in optims], "optimizer step")
     _require_same(model_files, [file.content.get("global_steps") for file in model_files], "step")
     _require_same(
-        [optim_files[0], *model_files], [file.content.get("ds_version") for file in [optim_files[0], *model_files]], "DeepSpeed version"
+        [optim_files[0], *model_files],
+        [file.content.get("ds_version") for file in [optim_files[0], *model_files]],
+        "DeepSpeed version",
     )
 
 
@@ -168,7 +192,9 @@ def _text(value: Any) -> str:
 
 
 def _optimizer_steps(optim: dict[str, Any]) -> list[float]:
-    """The distinct step counts in an optimizer's state: one where all is well, none for optimizers without."""
+    """The distinct step counts in an optimizer's state: one where all is well, none for optimizers
+    without.
+    """
     inner = table(optim.get("base_optimizer_state", optim.get("optimizer_state_dict")))
     states = [table(state) for state in table(inner.get("state")).values()]
     return sorted({_number(state["step"]) for state in states if "step" in state})
@@ -177,12 +203,16 @@ def _optimizer_steps(optim: dict[str, Any]) -> list[float]:
 def _number(value: Any) -> float:
     if isinstance(value, ShapedTensor) and value.stored.num_elements == 1:
         return _stored_number(value.stored)
-    is_number = isinstance(value, (int, float)) and abs(value) < 1 << 63  # a pickle may hold an integer that no float holds
+    is_number = (
+        isinstance(value, (int, float)) and abs(value) < 1 << 63
+    )  # a pickle may hold an integer that no float holds
     return float(value) if is_number else -1.0
 
 
 def _stored_number(stored: StoredTensor) -> float:
-    """The only element, from its bytes: importing torch for it would take longer than all else that is read here."""
+    """The only element, from its bytes: importing torch for it would take longer than all else that is read
+    here.
+    """
     [piece] = stored.pieces
     read = piece.file.read_bytes(piece.offset, DTYPE_BYTES[stored.dtype])
     if "int" in stored.dtype:
@@ -196,9 +226,13 @@ def _require_plain_layout(file: TorchFile, stage: int) -> None:
     content = file.content
     zero = table(table(content.get("ds_config")).get("zero_optimization"))
     if stage < 3 and zero.get("round_robin_gradients"):
-        raise InputError(f"{file.file.path}: saved with round_robin_gradients, whose layout is not recorded; train without it")
+        raise InputError(
+            f"{file.file.path}: saved with round_robin_gradients, whose layout is not recorded; train without it"
+        )
     if content.get("mp_world_size", 1) != 1:
-        raise InputError(f"{file.file.path}: of a tensor-parallel run over {content['mp_world_size']} ranks, which is not supported")
+        raise InputError(
+            f"{file.file.path}: of a tensor-parallel run over {content['mp_world_size']} ranks, which is not supported"
+        )
 
 
 def _mapping(file: TorchFile) -> dict[str, Any]:
@@ -216,5 +250,7 @@ def required(file: TorchFile, content: Any, name: str, kind: type[T]) -> T:
     """`content[name]`. Raises InputError unless it is there and a `kind`."""
     value = content.get(name) if isinstance(content, dict) else None
     if not isinstance(value, kind):
-        raise InputError(f"{file.file.path}: has no {name!r}, so DeepSpeed did not write it, or it is damaged")
+        raise InputError(
+            f"{file.file.path}: has no {name!r}, so DeepSpeed did not write it, or it is damaged"
+        )
     return value

@@ -1,4 +1,5 @@
-"""Subtracting a LoRA adapter of a high rank on one large weight: the command's time and peak memory, as one JSON line.
+"""Subtracting a LoRA adapter of a high rank on one large weight: the command's time and peak memory, as one
+JSON line.
 
 python tests/bench/adapter.py                                        # as of an lm_head of Qwen's vocabulary
 python tests/bench/adapter.py --out-features 4096 --in-features 4096 --rank 16
@@ -20,7 +21,9 @@ from pipeline.artifact import write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out-features", type=int, default=152064)
     parser.add_argument("--in-features", type=int, default=256)
     parser.add_argument("--rank", type=int, default=256)
@@ -36,7 +39,19 @@ def main() -> None:
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     base, adapter = folder / "base", folder / "adapter"
     write_base_and_adapter(base, adapter, arguments)
-    command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", adapter, "--scale", "0.3"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "delta",
+        "subtract",
+        "--base",
+        base,
+        "--tuned",
+        adapter,
+        "--scale",
+        "0.3",
+    ]
     options = ["--out", folder / "out", "--dtype", arguments.dtype, "--memory", arguments.memory]
     _, bare = timed(lambda: watch([sys.executable, "-c", "import torch"]))
     seconds, peak = timed(lambda: watch([*command, *options]))
@@ -49,11 +64,23 @@ def write_base_and_adapter(base: Path, adapter: Path, arguments: argparse.Namesp
     adapter.mkdir()
     torch.manual_seed(0)
     weight = torch.randn(arguments.out_features, arguments.in_features).bfloat16()
-    save_file({"lm_head.weight": weight.T.contiguous() if arguments.conv1d else weight}, base / "model.safetensors")
-    a, b = torch.randn(arguments.rank, arguments.in_features), torch.randn(arguments.out_features, arguments.rank)
-    factors = {f"base_model.model.lm_head.lora_{factor}.weight": values for factor, values in (("A", a), ("B", b))}
+    save_file(
+        {"lm_head.weight": weight.T.contiguous() if arguments.conv1d else weight}, base / "model.safetensors"
+    )
+    a, b = (
+        torch.randn(arguments.rank, arguments.in_features),
+        torch.randn(arguments.out_features, arguments.rank),
+    )
+    factors = {
+        f"base_model.model.lm_head.lora_{factor}.weight": values for factor, values in (("A", a), ("B", b))
+    }
     save_file(factors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": arguments.rank, "lora_alpha": arguments.rank, "fan_in_fan_out": arguments.conv1d}
+    config = {
+        "peft_type": "LORA",
+        "r": arguments.rank,
+        "lora_alpha": arguments.rank,
+        "fan_in_fan_out": arguments.conv1d,
+    }
     write_json(adapter / "adapter_config.json", config)
 
 

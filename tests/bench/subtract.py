@@ -1,8 +1,9 @@
-"""How fast subtraction runs, against moving the same bytes with the same I/O and no arithmetic: prints one JSON line.
+"""How fast subtraction runs, against moving the same bytes with the same I/O and no arithmetic: prints one
+JSON line.
 
-python tests/bench/subtract.py                     # a small model
-python tests/bench/subtract.py --layers 22         # 1.1B weights: 2 x 2.2 GB read, 2.2 GB written
-python tests/bench/subtract.py --mergekit DIR      # also mergekit-yaml of the environment whose bin folder is DIR
+python tests/bench/subtract.py                     # a small model python tests/bench/subtract.py --layers 22
+# 1.1B weights: 2 x 2.2 GB read, 2.2 GB written python tests/bench/subtract.py --mergekit DIR      # also
+mergekit-yaml of the environment whose bin folder is DIR
 """
 
 from __future__ import annotations
@@ -43,10 +44,21 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2, help="of a Llama of width 2048 (22 make 1.1B weights)")
-    parser.add_argument("--rounds", type=int, default=3, help="0: only the command, and mergekit where it is given, once")
-    parser.add_argument("--inputs", default="cold", choices=["cold", "cached"], help="where both models are: on disk, or in the page cache")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=2, help="of a Llama of width 2048 (22 make 1.1B weights)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="0: only the command, and mergekit where it is given, once"
+    )
+    parser.add_argument(
+        "--inputs",
+        default="cold",
+        choices=["cold", "cached"],
+        help="where both models are: on disk, or in the page cache",
+    )
     parser.add_argument("--dtype", default="same")
     parser.add_argument("--rounding", default="nearest")
     parser.add_argument("--io", default="auto", choices=["auto", "direct", "buffered"])
@@ -70,7 +82,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, int] = {"import_torch": watch([sys.executable, "-c", "import torch"])}
     for i in range(max(arguments.rounds, 1)):
-        names = [*ways][i % len(ways) :] + [*ways][: i % len(ways)]  # a disk may be faster for a while after a rest
+        names = [*ways][i % len(ways) :] + [*ways][
+            : i % len(ways)
+        ]  # a disk may be faster for a while after a rest
         for name in names:
             shutil.rmtree(out, ignore_errors=True)
             settle([base, tuned], arguments.inputs)
@@ -80,8 +94,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
             if isinstance(peak, int):
                 peaks[name] = max(peak, peaks.get(name, 0))
     gigabytes = 3 * (base / "model.safetensors").stat().st_size / 1e9
-    result: dict[str, object] = {"gigabytes_moved": round(gigabytes, 2), "inputs": arguments.inputs, **options}
-    result |= {f"{name}_seconds": [round(taken, 2) for taken in all_taken] for name, all_taken in seconds.items()}
+    result: dict[str, object] = {
+        "gigabytes_moved": round(gigabytes, 2),
+        "inputs": arguments.inputs,
+        **options,
+    }
+    result |= {
+        f"{name}_seconds": [round(taken, 2) for taken in all_taken] for name, all_taken in seconds.items()
+    }
     result |= {f"{name}_peak_mib": peak >> 20 for name, peak in peaks.items()}
     medians = {name: statistics.median(all_taken) for name, all_taken in seconds.items()}
     if "move" in medians:
@@ -107,7 +127,9 @@ def settle(models: list[Path], inputs: str) -> None:
 
 
 def write_model(folder: Path, num_layers: int, seed: int) -> None:
-    """A bf16 model of random weights; the tuned one (seed 1) differs from the base (seed 0) by a little everywhere."""
+    """A bf16 model of random weights; the tuned one (seed 1) differs from the base (seed 0) by a little
+    everywhere.
+    """
     folder.mkdir()
     infos = [TensorInfo(name, shape, "bfloat16") for name, shape in _shapes(num_layers)]
     with ShardWriter(folder / "model.safetensors", infos) as writer:
@@ -117,8 +139,18 @@ def write_model(folder: Path, num_layers: int, seed: int) -> None:
             if seed:
                 values += torch.randn(info.num_elements, generator=generator) * 2e-4
             writer.write_slice(info.name, 0, values.bfloat16())
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": num_layers, "vocab_size": VOCABULARY}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+    }
+    heads = {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": num_layers,
+        "vocab_size": VOCABULARY,
+    }
     write_json(folder / "config.json", config | heads | {"torch_dtype": "bfloat16"})
 
 
@@ -154,7 +186,9 @@ def move(base: Path, tuned: Path, out: Path, io: Io) -> None:
                 return
             count = min(CHUNK_BYTES, num_bytes - offset)
             for source, area in zip(sources, areas, strict=True):
-                source.read_pages(area, offset, count) if source.is_direct else source.read(area[:count], offset)
+                source.read_pages(area, offset, count) if source.is_direct else source.read(
+                    area[:count], offset
+                )
             target.write_pages(areas[0], count, offset)
 
     with OutputFile(out / "model.safetensors", num_bytes, io) as target:
@@ -167,7 +201,21 @@ def move(base: Path, tuned: Path, out: Path, io: Io) -> None:
 
 def run_command(base: Path, tuned: Path, out: Path, options: Mapping[str, str]) -> int:
     """`flearn delta subtract` as a process; its peak of anonymous memory in bytes."""
-    command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "delta",
+        "subtract",
+        "--base",
+        base,
+        "--tuned",
+        tuned,
+        "--scale",
+        "0.3",
+        "--out",
+        out,
+    ]
     return watch([*command, *(word for name, value in options.items() for word in (f"--{name}", value))])
 
 
@@ -186,12 +234,16 @@ def run_mergekit(base: Path, tuned: Path, out: Path, folder: Path) -> int:
         "dtype": "bfloat16",
     }
     write_json(out.with_suffix(".yaml"), config)  # JSON is YAML, too
-    return watch([folder / "mergekit-yaml", out.with_suffix(".yaml"), out, "--lazy-unpickle", "--no-copy-tokenizer"])
+    return watch(
+        [folder / "mergekit-yaml", out.with_suffix(".yaml"), out, "--lazy-unpickle", "--no-copy-tokenizer"]
+    )
 
 
 def watch(command: list[object]) -> int:
     """Run a command to its end; its highest anonymous memory in bytes, sampled from /proc."""
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
@@ -201,7 +253,9 @@ def watch(command: list[object]) -> int:
 
 
 def timed(way: Callable[[], int]) -> tuple[float, int]:
-    """Seconds and MiB of something that returns its peak in bytes, begun when the disk has done what was left to do."""
+    """Seconds and MiB of something that returns its peak in bytes, begun when the disk has done what was left
+    to do.
+    """
     os.sync()
     started = time.perf_counter()
     peak = way()
@@ -214,7 +268,9 @@ def anonymous_bytes(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+    return next(
+        (int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:")), 0
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""Our training loop against a plain one, on 512 records and SmolLM2's architecture at 2 layers: prints one JSON line.
+"""Our training loop against a plain one, on 512 records and SmolLM2's architecture at 2 layers: prints one
+JSON line.
 
-    python tests/bench/train.py [--facts zsre_mend_3000.json] [--limit 512] [--batch-size 64] [--micro-batch-size 16] [--precision fp32]
+    python tests/bench/train.py [--facts zsre_mend_3000.json] [--limit 512] [--batch-size 64]
+    [--micro-batch-size 16] [--precision fp32]
 
-Ours: the loop that `flearn run` calls, with its step log: batches of like length, logits at the answers alone, ZeRO-2. Plain:
-what one writes first: padded batches in file order, transformers' loss over all logits. Both use torch's fused AdamW. One
-process and the same threads for both; they take turns of a step, since other work may share the machine. Tokens are real
-ones: prompt, answer and EOS, no padding. Memory is how far a turn's peak rises above what was resident before it: the
-activations, for weights and optimizer stay. What a checkpoint costs (the plain loop saves none) stands beside it.
+Ours: the loop that `flearn run` calls, with its step log: batches of like length, logits at the answers
+    alone, ZeRO-2. Plain:
+what one writes first: padded batches in file order, transformers' loss over all logits. Both use torch's
+fused AdamW. One process and the same threads for both; they take turns of a step, since other work may share
+the machine. Tokens are real
+ones: prompt, answer and EOS, no padding. Memory is how far a turn's peak rises above what was resident before
+    it: the
+activations, for weights and optimizer stay. What a checkpoint costs (the plain loop saves none) stands beside
+it.
 
 Without real ZsRE (`--facts`, or $FLEARN_BENCH_FACTS) the records are world_updates.jsonl, repeated.
 """
@@ -93,25 +99,38 @@ def load_tokenizer(facts: list[Fact], folder: Path) -> tuple[str, Any]:
     packaged = PACKAGED["smollm2-135m"]
     spec = importlib.util.find_spec(packaged.module)
     if spec is not None and spec.submodule_search_locations:
-        return packaged.package, AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file=packaged.file)
+        return packaged.package, AutoTokenizer.from_pretrained(
+            spec.submodule_search_locations[0], gguf_file=packaged.file
+        )
     write_tiny_model(folder / "tokenizer", TinyModel(vocab_size=8192), fact_texts(facts), seed=0)
     return "trained on the facts", AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def make_model(precision: str) -> Any:
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 9}
-    config = LlamaConfig(vocab_size=49152, num_key_value_heads=3, tie_word_embeddings=True, use_cache=False, **shape)
+    shape: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 9,
+    }
+    config = LlamaConfig(
+        vocab_size=49152, num_key_value_heads=3, tie_word_embeddings=True, use_cache=False, **shape
+    )
     model: Any = LlamaForCausalLM(config)
     return model.to(DTYPES[precision]).train()
 
 
 def plain(model: Any, records: list[Record], training: Training) -> Iterator[int]:
     """The same number of records a step and a pass, as they come."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
+    )
     for start in range(0, len(records), training.batch_size):
         batch = records[start : start + training.batch_size]
-        micro_batches = [batch[i : i + training.micro_batch_size] for i in range(0, len(batch), training.micro_batch_size)]
+        micro_batches = [
+            batch[i : i + training.micro_batch_size] for i in range(0, len(batch), training.micro_batch_size)
+        ]
         for rows in micro_batches:
             loss = model(**padded(rows)).loss / len(micro_batches)
             loss.backward()
@@ -124,7 +143,10 @@ def plain(model: Any, records: list[Record], training: Training) -> Iterator[int
 def padded(records: list[Record]) -> dict[str, torch.Tensor]:
     """A batch as transformers takes it: labels of -100 everywhere but at the answers."""
     width = max(record.num_tokens for record in records)
-    input_ids, labels = torch.zeros(len(records), width, dtype=torch.int64), torch.full((len(records), width), -100)
+    input_ids, labels = (
+        torch.zeros(len(records), width, dtype=torch.int64),
+        torch.full((len(records), width), -100),
+    )
     attention_mask = torch.zeros_like(input_ids)
     for i, record in enumerate(records):
         ids, start = torch.tensor(record.encoded.ids), record.encoded.answer_start
@@ -149,7 +171,13 @@ def measure(records: list[Record], training: Training, folder: Path) -> dict[str
         other.end(next(other_steps))
         if done == 1:  # the first steps also make the optimizers' moments
             for side in (ours, other):
-                side.tokens, side.seconds, side.cpu_seconds, side.memory_bytes, side.rates = 0, 0.0, 0.0, 0, []
+                side.tokens, side.seconds, side.cpu_seconds, side.memory_bytes, side.rates = (
+                    0,
+                    0.0,
+                    0.0,
+                    0,
+                    [],
+                )
         ours.begin()
 
     with session(ready), TargetLogits(model) as picked, engine_for(model, ready, training) as engine:
@@ -187,7 +215,13 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         os.environ.setdefault(name, value)
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -203,7 +237,12 @@ def main() -> None:
         name, tokenizer = load_tokenizer(facts, Path(folder))
         repeated = bench_facts.repeated(facts, options.limit)
         records = training_records(repeated, "new", Prompter(tokenizer, Prompt()), training.max_length, None)
-        described = {"bench": "train", "facts": options.facts.name, "num_different_facts": len(facts), "tokenizer": name}
+        described = {
+            "bench": "train",
+            "facts": options.facts.name,
+            "num_different_facts": len(facts),
+            "tokenizer": name,
+        }
         print(json.dumps(described | measure(records, training, Path(folder))), flush=True)
     os._exit(0)  # DeepSpeed on a CPU sometimes aborts while the interpreter ends
 

@@ -1,11 +1,13 @@
-"""theta' straight from a ZeRO checkpoint, against consolidating it first: time and peak memory, as one JSON line.
+"""theta' straight from a ZeRO checkpoint, against consolidating it first: time and peak memory, as one JSON
+line.
 
-    python tests/bench/zero.py                              # a small model, ZeRO-2 of 2 ranks
-    python tests/bench/zero.py --layers 8 --stage 3 --ranks 8
-    python tests/bench/zero.py --mergekit DIR               # and the subtraction by mergekit-yaml of that bin folder
+    python tests/bench/zero.py                              # a small model, ZeRO-2 of 2 ranks python
+    tests/bench/zero.py --layers 8 --stage 3 --ranks 8 python tests/bench/zero.py --mergekit DIR
+    # and the subtraction by mergekit-yaml of that bin folder
 
-What others need: DeepSpeed's zero_to_fp32 writes the consolidated model, then a merge tool reads it again. The
-checkpoint is laid out as DeepSpeed's (tests/integration checks that), but its optimizer's moments are left out.
+What others need: DeepSpeed's zero_to_fp32 writes the consolidated model, then a merge tool reads it again.
+The checkpoint is laid out as DeepSpeed's (tests/integration checks that), but its optimizer's moments are
+left out.
 """
 
 from __future__ import annotations
@@ -37,8 +39,12 @@ convert_zero_checkpoint_to_fp32_state_dict(sys.argv[1], sys.argv[2], safe_serial
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=1, help="of a Llama of width 2048 (22 make 1.1B weights)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=1, help="of a Llama of width 2048 (22 make 1.1B weights)"
+    )
     parser.add_argument("--stage", type=int, default=2, choices=[1, 2, 3])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--only-ours", action="store_true", help="leave out zero_to_fp32")
@@ -60,7 +66,21 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     write_model(base, arguments.layers, 0)
     num_weights = write_checkpoint(base, checkpoint, arguments.stage, arguments.ranks)
     result: dict[str, object] = {"weights": num_weights, "stage": arguments.stage, "ranks": arguments.ranks}
-    command = [sys.executable, "-m", "launch", "delta", "subtract", "--base", base, "--tuned", checkpoint, "--scale", "0.3", "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "delta",
+        "subtract",
+        "--base",
+        base,
+        "--tuned",
+        checkpoint,
+        "--scale",
+        "0.3",
+        "--out",
+        out,
+    ]
     _, bare = timed(lambda: watch([sys.executable, "-c", "import torch"]))
     seconds, peak = timed(lambda: watch([*command, "--dtype", "bfloat16"]))
     result |= {"import_torch_peak_mib": bare, "subtract_seconds": seconds, "subtract_peak_mib": peak}
@@ -78,7 +98,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def write_checkpoint(base: Path, folder: Path, stage: int, num_ranks: int) -> int:
-    """A ZeRO checkpoint of the base after a small change, in parameter groups of about a gigabyte; the number of its weights."""
+    """A ZeRO checkpoint of the base after a small change, in parameter groups of about a gigabyte; the number
+    of its weights.
+    """
     with safe_open(base / "model.safetensors", "pt") as weights:
         sizes = {name: prod(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118 (no mapping)
         groups: list[list[str]] = [[]]
@@ -86,12 +108,16 @@ def write_checkpoint(base: Path, folder: Path, stage: int, num_ranks: int) -> in
             if sum(sizes[member] for member in groups[-1]) + size > GROUP_ELEMENTS and groups[-1]:
                 groups.append([])
             groups[-1].append(name)
-        Checkpoint(stage, num_ranks, [Tuned(weights, names) for names in groups], has_moments=False).write(folder)
+        Checkpoint(stage, num_ranks, [Tuned(weights, names) for names in groups], has_moments=False).write(
+            folder
+        )
     return sum(sizes.values())
 
 
 class Tuned(Mapping[str, torch.Tensor]):
-    """Some of the base's tensors, a little changed, in fp32: made when asked for, so that billions of weights take no memory."""
+    """Some of the base's tensors, a little changed, in fp32: made when asked for, so that billions of weights
+    take no memory.
+    """
 
     def __init__(self, weights: Any, names: list[str]) -> None:
         self._weights, self._names = weights, names

@@ -1,8 +1,9 @@
-"""`make image-test`: builds the container image with buildah on a bare Debian, and runs inside what it promises.
+"""`make image-test`: builds the container image with buildah on a bare Debian, and runs inside what it
+promises.
 
-Needs root, Debian's buildah and debootstrap, and room in the temporary folder (TMPDIR), for this way of storing images copies
-every layer whole; no Docker, no GPU. What pip needs on this machine (mirrors, certificates, wheels) is mounted while building:
-the Dockerfile knows nothing of it.
+Needs root, Debian's buildah and debootstrap, and room in the temporary folder (TMPDIR), for this way of
+storing images copies every layer whole; no Docker, no GPU. What pip needs on this machine (mirrors,
+certificates, wheels) is mounted while building: the Dockerfile knows nothing of it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,28 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
-NOT_IN_CONTEXT = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", ".*_cache", ".hypothesis")
-SHORT = ("cluster.ranks=2", "methods=[flearn_ft]", "facts.limit=8", "teach.epochs=2", "full.epochs=1", "evaluate.max_new_tokens=4")
-CONTENTS = {".venv", "LICENSE", "README.md", "configs", "constraints.txt", "launch", "pipeline", "pyproject.toml", "setup.cfg"}
+NOT_IN_CONTEXT = shutil.ignore_patterns(
+    ".git", ".venv", "runs", "build", "*.egg-info", ".*_cache", ".hypothesis"
+)
+SHORT = (
+    "cluster.ranks=2",
+    "methods=[flearn_ft]",
+    "facts.limit=8",
+    "teach.epochs=2",
+    "full.epochs=1",
+    "evaluate.max_new_tokens=4",
+)
+CONTENTS = {
+    ".venv",
+    "LICENSE",
+    "README.md",
+    "configs",
+    "constraints.txt",
+    "launch",
+    "pipeline",
+    "pyproject.toml",
+    "setup.cfg",
+}
 SOURCES = ("--base", "base.safetensors", "--tuned", "tuned.safetensors")
 SUBTRACTION = """
 import torch
@@ -50,20 +70,35 @@ class Buildah:
     """buildah with all its storage in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._storage = ["--root", str(folder / "storage"), "--runroot", str(folder / "run"), "--storage-driver", "vfs"]
+        self._storage = [
+            "--root",
+            str(folder / "storage"),
+            "--runroot",
+            str(folder / "run"),
+            "--storage-driver",
+            "vfs",
+        ]
 
     def __call__(self, *arguments: str) -> str:
         """Run one command; returns stdout and stderr. Raises Failure with both if it fails."""
         done = subprocess.run(
-            ["buildah", *self._storage, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            ["buildah", *self._storage, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
         if done.returncode:
-            raise Failure(f"buildah {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout[-8000:]}")
+            raise Failure(
+                f"buildah {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout[-8000:]}"
+            )
         return done.stdout
 
 
 class Container:
-    """A container of the image, run as Docker would: its entrypoint, its user, its working folder, nothing mounted."""
+    """A container of the image, run as Docker would: its entrypoint, its user, its working folder, nothing
+    mounted.
+    """
 
     def __init__(self, buildah: Buildah, image: str) -> None:
         self._buildah = buildah
@@ -96,7 +131,16 @@ def main() -> None:
         with _step("the image"):
             _build(buildah, context, settings, "first")
         container = Container(buildah, "first")
-        for check in (_user, _contents, _no_compiler, _dry_run, _subtraction, _health, _quickstart, _any_user):
+        for check in (
+            _user,
+            _contents,
+            _no_compiler,
+            _dry_run,
+            _subtraction,
+            _health,
+            _quickstart,
+            _any_user,
+        ):
             with _step(check.__doc__ or check.__name__):
                 check(container)
         container.remove()
@@ -123,31 +167,49 @@ def _step(title: str) -> Iterator[None]:
 
 def _make_base(root: Path, buildah: Buildah) -> None:
     done = subprocess.run(
-        ["debootstrap", "--variant=minbase", "bookworm", str(root), MIRROR], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["debootstrap", "--variant=minbase", "bookworm", str(root), MIRROR],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if done.returncode:
         raise Failure(f"debootstrap from {MIRROR} failed:\n{done.stdout[-4000:]}")
     container = buildah("from", "scratch").split()[-1]
     buildah("add", "--quiet", container, str(root), "/")
-    buildah("config", "--cmd", "bash", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", container)
+    buildah(
+        "config",
+        "--cmd",
+        "bash",
+        "--env",
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        container,
+    )
     buildah("commit", "--quiet", "--rm", container, "base")
     shutil.rmtree(root)
 
 
 def _pip_settings(path: Path) -> list[str]:
-    """buildah's options that give pip in the build what it has here: one pip.conf, made at `path`, and the files that it names.
+    """buildah's options that give pip in the build what it has here: one pip.conf, made at `path`, and the
+    files that it names.
 
-    Those are mounted below /mnt, for at its own place a mounted file would be in the way of Debian's packages.
+    Those are mounted below /mnt, for at its own place a mounted file would be in the way of Debian's
+    packages.
     """
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
     pairs = [line.split("=", 1) for line in listed.splitlines() if "=" in line]
     pairs.sort(key=lambda pair: pair[0].startswith(":env:"))  # a variable goes before a file
-    settings = {key.rpartition(".")[2]: value.strip("'\"").replace("\\n", " ").split() for key, value in pairs}
+    settings = {
+        key.rpartition(".")[2]: value.strip("'\"").replace("\\n", " ").split() for key, value in pairs
+    }
     mounts = {f"{path}:/etc/pip.conf:ro"}
     lines = []
     for key, words in settings.items():
         for index, word in enumerate(words):
-            scheme, file = ("file://", word.removeprefix("file://")) if word.startswith("file://") else ("", word)
+            scheme, file = (
+                ("file://", word.removeprefix("file://")) if word.startswith("file://") else ("", word)
+            )
             if file.startswith("/") and os.path.exists(file):
                 words[index] = f"{scheme}/mnt{file}"
                 place = os.path.dirname(file) if scheme else file  # an index's wheels lie beside it
@@ -158,7 +220,16 @@ def _pip_settings(path: Path) -> list[str]:
 
 
 def _build(buildah: Buildah, context: Path, settings: list[str], image: str) -> str:
-    options = ["--isolation", "chroot", "--layers", "--format", "docker", "--pull-never", "--build-arg", "BASE_IMAGE=localhost/base"]
+    options = [
+        "--isolation",
+        "chroot",
+        "--layers",
+        "--format",
+        "docker",
+        "--pull-never",
+        "--build-arg",
+        "BASE_IMAGE=localhost/base",
+    ]
     return buildah("bud", *options, *settings, "--tag", image, str(context))
 
 
@@ -179,7 +250,9 @@ def _contents(container: Container) -> None:
     """of the project it has what it needs, and no more"""
     found = set(container.run("ls", "-A", "/opt/flearn").split())
     if found != CONTENTS:
-        raise Failure(f"/opt/flearn: {', '.join(sorted(found ^ CONTENTS))} should not be there, or is missing")
+        raise Failure(
+            f"/opt/flearn: {', '.join(sorted(found ^ CONTENTS))} should not be there, or is missing"
+        )
 
 
 def _no_compiler(container: Container) -> None:
@@ -226,7 +299,11 @@ def _quickstart(container: Container) -> None:
 def _run(container: Container, *options: str, user: str | None = None) -> None:
     short = [option for field in SHORT for option in ("--set", field)]
     text = container.flearn("run", "configs/quickstart.yaml", *short, *options, user=user)
-    alarming = [line for line in text.splitlines() if re.search(r"warning|error:|traceback|compil", line, re.IGNORECASE)]
+    alarming = [
+        line
+        for line in text.splitlines()
+        if re.search(r"warning|error:|traceback|compil", line, re.IGNORECASE)
+    ]
     if alarming or "report.html" not in text:
         raise Failure("it said:\n" + "\n".join(alarming or [text]))
 

@@ -1,4 +1,5 @@
-"""One rank of an evaluation: `evaluate_worker.py FOLDER OUT`, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+"""One rank of an evaluation: `evaluate_worker.py FOLDER OUT`, with RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT set.
 
 FOLDER holds the artifacts `model` and `facts`. Exit 0: done; 3: asked to stop. Rank 0 writes OUT/result.json.
 """
@@ -21,7 +22,10 @@ def main(folder: Path, out: Path) -> int:
     dist.init_process_group("gloo")
     context = Context(dist.get_rank(), dist.get_world_size(), group=dist.new_group(backend="gloo"))
     context.listen()
-    section = {"evaluate": Evaluate(batch_size=1, max_new_tokens=8).model_dump(), "prompt": Prompt().model_dump()}
+    section = {
+        "evaluate": Evaluate(batch_size=1, max_new_tokens=8).model_dump(),
+        "prompt": Prompt().model_dump(),
+    }
     try:
         result = run(section, {role: Artifact(folder / role) for role in ("model", "facts")}, out, context)
     except Preempted:

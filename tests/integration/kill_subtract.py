@@ -1,10 +1,11 @@
-"""Kills `subtract` at a chosen moment, as often as asked, without starting Python anew each time: each trial is a fork.
+"""Kills `subtract` at a chosen moment, as often as asked, without starting Python anew each time: each trial
+is a fork.
 
-Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [1, 1]}' OUT CALL WHEN [OUT CALL WHEN ...]
-CALL is a number among the system calls that change a file (0: the trial lives), or among those of a name, as in `pwrite:3`.
-The trial dies by SIGKILL before, after, or within that call: within a pwrite, or the fsync of a file, when half of the bytes are
-written. Or late: a
-twentieth of a second before it, in which the other threads go on. It prints a JSON line: how it ended, and the calls it made.
+Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [1, 1]}' OUT CALL WHEN [OUT CALL WHEN
+...] CALL is a number among the system calls that change a file (0: the trial lives), or among those of a
+name, as in `pwrite:3`. The trial dies by SIGKILL before, after, or within that call: within a pwrite, or the
+fsync of a file, when half of the bytes are written. Or late: a twentieth of a second before it, in which the
+other threads go on. It prints a JSON line: how it ended, and the calls it made.
 """
 
 from __future__ import annotations
@@ -23,7 +24,18 @@ from typing import Any
 from pipeline.delta import chunks
 from pipeline.delta.subtract import subtract
 
-CHANGING = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir", "pwrite", "write", "posix_fallocate", "ftruncate")
+CHANGING = (
+    "replace",
+    "rename",
+    "fsync",
+    "unlink",
+    "rmdir",
+    "mkdir",
+    "pwrite",
+    "write",
+    "posix_fallocate",
+    "ftruncate",
+)
 
 chunks.CHUNK_BYTES = 1 << 16
 
@@ -91,7 +103,10 @@ def trial(arguments: dict[str, Any], out: Path, at: str, when: str) -> None:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
     half_written = [path.name for path in out.glob(".*.tmp")]
-    print(json.dumps({"signal": os.WTERMSIG(status), "half_written": half_written, **json.loads(told or "{}")}), flush=True)
+    print(
+        json.dumps({"signal": os.WTERMSIG(status), "half_written": half_written, **json.loads(told or "{}")}),
+        flush=True,
+    )
 
 
 def main() -> None:

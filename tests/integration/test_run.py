@@ -1,4 +1,6 @@
-"""`flearn run` from start to end on this machine: re-use, kills, stops, mistakes. Real processes, real DeepSpeed, two ranks."""
+"""`flearn run` from start to end on this machine: re-use, kills, stops, mistakes. Real processes, real
+DeepSpeed, two ranks.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,14 @@ pytestmark = pytest.mark.slow
 
 def command(runs: Path, *overrides: str) -> list[str]:
     settings = [*SMALL, f"cluster.runs_dir={runs}", *overrides]
-    return [sys.executable, "-m", "launch", "run", "configs/quickstart.yaml", *(part for s in settings for part in ("--set", s))]
+    return [
+        sys.executable,
+        "-m",
+        "launch",
+        "run",
+        "configs/quickstart.yaml",
+        *(part for s in settings for part in ("--set", s)),
+    ]
 
 
 def flearn(runs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +57,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def _start(runs: Path, *overrides: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            command(runs, *overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command(runs, *overrides),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         started.append(process)
         return process
@@ -116,7 +130,12 @@ def test_a_new_lambda_reuses_the_fine_tunings(finished: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     after = manifests(run_dir)
     assert {name: after[name] for name in before} == before
-    assert {name.rpartition("-")[0] for name in after.keys() - before.keys()} == {"forget", "learn", "evaluate", "report"}
+    assert {name.rpartition("-")[0] for name in after.keys() - before.keys()} == {
+        "forget",
+        "learn",
+        "evaluate",
+        "report",
+    }
     assert {row["scale"] for row in figures(run_dir)} == {0.5}
 
 
@@ -127,8 +146,16 @@ def test_killed_in_each_stage_it_ends_with_the_same_figures(
     for stage in ("facts", "model", "teach", "evaluate", "tune_old", "forget", "learn", "report"):
         process = start(tmp_path)
         wait_for(lambda stage=stage: any(run_dir.glob(f"{stage}-*/rank0.log")), process, stage)  # type: ignore[misc]
-        if stage in ("teach", "tune_old", "learn"):  # in the middle of the training, with a checkpoint to go on from
-            wait_for(lambda stage=stage: any(run_dir.glob(f"{stage}-*/checkpoints/*")), process, f"a checkpoint of {stage}")  # type: ignore[misc]
+        if stage in (
+            "teach",
+            "tune_old",
+            "learn",
+        ):  # in the middle of the training, with a checkpoint to go on from
+            wait_for(
+                lambda stage=stage: any(run_dir.glob(f"{stage}-*/checkpoints/*")),
+                process,
+                f"a checkpoint of {stage}",
+            )  # type: ignore[misc]
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not (run_dir / "results.json").exists()

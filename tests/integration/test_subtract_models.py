@@ -23,7 +23,9 @@ IDS = torch.tensor([[5, 9, 200, 31, 77, 3]])
 
 @pytest.fixture(params=["llama", "gpt2", "bloom", "qwen2"])
 def base(request: pytest.FixtureRequest, tiny_model: object, tmp_path: Path) -> Path:
-    """A model as the hub has it: bfloat16; GPT-2 and BLOOM without the prefix `transformer.`, GPT-2 with its old masks."""
+    """A model as the hub has it: bfloat16; GPT-2 and BLOOM without the prefix `transformer.`, GPT-2 with its
+    old masks.
+    """
     folder = tmp_path / "base"
     if request.param == "qwen2":
         sizes: dict[str, Any] = {
@@ -34,7 +36,9 @@ def base(request: pytest.FixtureRequest, tiny_model: object, tmp_path: Path) -> 
             "num_key_value_heads": 1,
         }
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=512, tie_word_embeddings=True, **sizes))
+        model = AutoModelForCausalLM.from_config(
+            Qwen2Config(vocab_size=512, tie_word_embeddings=True, **sizes)
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)  # biases and norms, too

@@ -1,4 +1,6 @@
-"""Real DeepSpeed on real processes: the same loss curve at every ZeRO stage and in plain torch, masters bit for bit, exact resume."""
+"""Real DeepSpeed on real processes: the same loss curve at every ZeRO stage and in plain torch, masters bit
+for bit, exact resume.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,13 @@ WORKER = Path(__file__).with_name("train_worker.py")
 ROOT = Path(__file__).parents[2]
 PLACES = ["Astana", "the new capital of the north", "Ngerulmud", "Gitega on the lake"]
 FACTS = [
-    Fact(f"f{i}", f"What is {'really ' * (i % 4)}the capital number {i}?", "x", [f"old town {i}"], f"{PLACES[i % 4]} {i}")
+    Fact(
+        f"f{i}",
+        f"What is {'really ' * (i % 4)}the capital number {i}?",
+        "x",
+        [f"old town {i}"],
+        f"{PLACES[i % 4]} {i}",
+    )
     for i in range(13)
 ]
 FACTS[0].locality.append(Probe("Who wrote this?", ["nobody"]))
@@ -46,19 +54,52 @@ MODELS = {
     "gpt2": TinyModel(architecture="gpt2", hidden_size=35, num_layers=2, num_heads=5, vocab_size=401),
     "bloom": TinyModel(architecture="bloom", hidden_size=35, num_layers=2, num_heads=5, vocab_size=401),
 }
-CURVE: dict[str, Any] = {"epochs": 3, "lr": 1e-2, "batch_size": 5, "micro_batch_size": 2, "warmup_ratio": 0.2, "weight_decay": 0.01}
+CURVE: dict[str, Any] = {
+    "epochs": 3,
+    "lr": 1e-2,
+    "batch_size": 5,
+    "micro_batch_size": 2,
+    "warmup_ratio": 0.2,
+    "weight_decay": 0.01,
+}
 # What is not usual, but allowed, at each stage.
-COMMON = {"overlap_comm": False, "contiguous_gradients": False, "reduce_scatter": False, "allgather_partitions": False}
-SMALL = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "enable_sanity_checks": True, "ignore_unused_parameters": False}
-ZERO3 = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "sub_group_size": 3000}
-ZERO3 |= {"stage3_prefetch_bucket_size": 0, "stage3_model_persistence_threshold": 0, "memory_efficient_linear": False}
+COMMON = {
+    "overlap_comm": False,
+    "contiguous_gradients": False,
+    "reduce_scatter": False,
+    "allgather_partitions": False,
+}
+SMALL = {
+    "reduce_bucket_size": 1000,
+    "allgather_bucket_size": 1000,
+    "enable_sanity_checks": True,
+    "ignore_unused_parameters": False,
+}
+ZERO3 = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "sub_group_size": 3000,
+}
+ZERO3 |= {
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_model_persistence_threshold": 0,
+    "memory_efficient_linear": False,
+}
 PRINTS = {"wall_clock_breakdown": True, "memory_breakdown": True, "dump_state": True, "steps_per_print": 1}
 UNUSUAL: dict[int, Any] = {
     1: PRINTS | {"zero_optimization": {"stage": 1, "use_multi_rank_bucket_allreduce": False} | SMALL},
     2: {"zero_optimization": {"stage": 2} | COMMON | SMALL},
     3: {"zero_optimization": {"stage": 3, "overlap_comm": False, "reduce_scatter": False} | SMALL | ZERO3},
 }
-LONG: dict[str, Any] = {"epochs": 12, "lr": 1e-3, "batch_size": 5, "micro_batch_size": 2, "precision": "fp32", "checkpoint_every_steps": 7}
+LONG: dict[str, Any] = {
+    "epochs": 12,
+    "lr": 1e-3,
+    "batch_size": 5,
+    "micro_batch_size": 2,
+    "precision": "fp32",
+    "checkpoint_every_steps": 7,
+}
 
 
 class World:
@@ -71,13 +112,23 @@ class World:
         self.models = {}
         for name, settings in MODELS.items():
             write_tiny_model(folder / f"hf-{name}", settings, fact_texts(FACTS), seed=1)
-            self.models[name] = self._artifact(name, {"model": str(folder / f"hf-{name}"), "model_kind": "folder"})
+            self.models[name] = self._artifact(
+                name, {"model": str(folder / f"hf-{name}"), "model_kind": "folder"}
+            )
 
     def _artifact(self, name: str, facts: dict[str, Any]) -> Path:
         write_json(self.folder / name / "manifest.json", {"stage": "model", "inputs": {}, "facts": facts})
         return self.folder / name
 
-    def case(self, name: str, kind: str, training: Training, stage: int = 2, model: str = "llama", target: str = "new") -> dict[str, Any]:
+    def case(
+        self,
+        name: str,
+        kind: str,
+        training: Training,
+        stage: int = 2,
+        model: str = "llama",
+        target: str = "new",
+    ) -> dict[str, Any]:
         zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 20000}
         config = {"zero_optimization": zero} | training.deepspeed
         section = {
@@ -94,13 +145,29 @@ class World:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))  # perhaps another DeepSpeed comes first
-        common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": path}
+        path = os.pathsep.join(
+            filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])
+        )  # perhaps another DeepSpeed comes first
+        common = {
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "PYTHONPATH": path,
+        }
         # No compiler: training on a CPU must not need one.
-        common |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "CXX": "/nonexistent"}
+        common |= {
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "CXX": "/nonexistent",
+        }
         command = [sys.executable, str(WORKER), str(self.folder / "cases.json")]
         return [
-            subprocess.Popen(command, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
+            subprocess.Popen(
+                command,
+                env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                stderr=subprocess.PIPE,
+            )
             for r in range(ranks)
         ]
 
@@ -133,7 +200,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("train"))
     csv = {"csv_monitor": {"enabled": True, "output_path": str(world.folder / "csv"), "job_name": "job"}}
     two = [world.case(f"masters-{m}-{s}", "masters", full("bf16"), s, m) for m in MODELS for s in (1, 2, 3)]
-    two += [world.case(f"masters-lora-{m}-{s}", "masters", lora("bf16"), s, m) for m, s in [("llama", 2), ("gpt2", 3)]]
+    two += [
+        world.case(f"masters-lora-{m}-{s}", "masters", lora("bf16"), s, m)
+        for m, s in [("llama", 2), ("gpt2", 3)]
+    ]
     for precision in ("fp32", "bf16"):
         two += [world.case(f"full-{precision}-{s}", "train", full(precision), s) for s in (1, 2, 3)]
         two += [world.case(f"lora-{precision}-{s}", "train", lora(precision), s) for s in (1, 2, 3)]
@@ -143,15 +213,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         world.case("dropout", "train", lora(dropout=0.3, checkpoint_every_steps=2), 3),
         world.case("dropout-stopped", "stop_early", lora(dropout=0.3), 3),
         world.case("dropout-stopped", "train", lora(dropout=0.3), 3),
-        world.case("teach", "train", Teach.model_validate(full().model_dump() | {"facts": "old"}), 3, target="old"),
+        world.case(
+            "teach", "train", Teach.model_validate(full().model_dump() | {"facts": "old"}), 3, target="old"
+        ),
         world.case("long-full", "train", full(**LONG), 2),
         world.case("long-bf16", "train", full(**LONG | {"precision": "bf16"}), 2),
         world.case("long-lora", "train", lora(**LONG), 3),
     ]
     for stage in (1, 2, 3):
         two += [world.case(f"tune-old-{stage}", "train", full("bf16"), stage, target="old")]
-        two += [world.case(f"stopped-full-{stage}", kind, full("bf16"), stage) for kind in ("stop_early", "train")]
-        two += [world.case(f"stopped-lora-{stage}", kind, lora("bf16"), stage) for kind in ("stop_early", "train")]
+        two += [
+            world.case(f"stopped-full-{stage}", kind, full("bf16"), stage) for kind in ("stop_early", "train")
+        ]
+        two += [
+            world.case(f"stopped-lora-{stage}", kind, lora("bf16"), stage) for kind in ("stop_early", "train")
+        ]
         two += [world.case(f"unusual-{stage}", "train", full(deepspeed=UNUSUAL[stage]), stage)]
     world.run(two, ranks=2)
     one = [
@@ -209,7 +285,10 @@ def test_a_full_training_leaves_a_model_folder_in_fp32(world: World, stage: int)
 
     folder = world.folder / f"full-fp32-{stage}"
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert model.dtype == torch.float32 and len(AutoTokenizer.from_pretrained(folder / "model")) == model.config.vocab_size
+    assert (
+        model.dtype == torch.float32
+        and len(AutoTokenizer.from_pretrained(folder / "model")) == model.config.vocab_size
+    )
     for name, expected in Plain(world, "full", "fp32").model.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], expected, atol=1e-4, rtol=0)
     assert not (folder / "checkpoints").exists()
@@ -226,9 +305,13 @@ def test_lora_leaves_an_adapter_that_peft_loads(world: World) -> None:
         torch.testing.assert_close(loaded[name], expected, atol=1e-4, rtol=0)
     stored = load_file(world.folder / "lora-bf16-2/adapter/adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
-    assert any((tensor.bfloat16().float() != tensor).any() for tensor in stored.values()), "the masters, not the rounded weights"
+    assert any((tensor.bfloat16().float() != tensor).any() for tensor in stored.values()), (
+        "the masters, not the rounded weights"
+    )
     facts = world.answer("lora-fp32-3")
-    assert (facts["model"], facts["model_kind"]) == ("adapter", "adapter") and facts["num_trainable"] < facts["num_parameters"] / 10
+    assert (facts["model"], facts["model_kind"]) == ("adapter", "adapter") and facts["num_trainable"] < facts[
+        "num_parameters"
+    ] / 10
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -257,9 +340,17 @@ def test_facts(world: World) -> None:
     facts, steps = world.answer("full-fp32-2"), world.steps("full-fp32-2")
     assert facts["num_records"] == 13 and facts["num_steps"] == len(steps) == 9 and facts["zero_stage"] == 2
     assert facts["first_loss"] == steps[0].loss and facts["final_loss"] == steps[-1].loss
-    assert facts["tokens"] == 3 * sum(record.num_tokens for record in records(world)) and facts["tokens_per_second"] > 0
-    assert facts["batch"] == {"global": 5, "micro": 2, "accumulation": 2, "ranks": 2} and facts["precision"] == "fp32"
-    assert [step.epoch for step in steps] == [1, 1, 1, 2, 2, 2, 3, 3, 3] and all(step.grad_norm > 0 for step in steps)
+    assert (
+        facts["tokens"] == 3 * sum(record.num_tokens for record in records(world))
+        and facts["tokens_per_second"] > 0
+    )
+    assert (
+        facts["batch"] == {"global": 5, "micro": 2, "accumulation": 2, "ranks": 2}
+        and facts["precision"] == "fp32"
+    )
+    assert [step.epoch for step in steps] == [1, 1, 1, 2, 2, 2, 3, 3, 3] and all(
+        step.grad_norm > 0 for step in steps
+    )
     assert steps[0].lr == pytest.approx(0.005) and steps[1].lr == pytest.approx(0.01) and steps[-1].lr < 0.001
 
 
@@ -278,18 +369,28 @@ def test_the_deepspeed_monitor_gets_the_loss(world: World) -> None:
 
 def test_a_stop_is_obeyed_by_all_ranks_and_resumed_exactly(world: World) -> None:
     """With LoRA's dropout: the chances of every step are those of an undisturbed run too."""
-    assert [strip(step) for step in world.steps("dropout-stopped")] == [strip(step) for step in world.steps("dropout")]
+    assert [strip(step) for step in world.steps("dropout-stopped")] == [
+        strip(step) for step in world.steps("dropout")
+    ]
     assert adapter(world, "dropout-stopped") == adapter(world, "dropout")
-    assert world.losses("dropout") != pytest.approx(world.losses("lora-fp32-3"), abs=1e-4), "there was no dropout"
+    assert world.losses("dropout") != pytest.approx(world.losses("lora-fp32-3"), abs=1e-4), (
+        "there was no dropout"
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resuming_in_bf16_is_exact(world: World, stage: int) -> None:
-    """The masters that come out, bit for bit: neither they nor the moments are rounded on the way through a checkpoint."""
+    """The masters that come out, bit for bit: neither they nor the moments are rounded on the way through a
+    checkpoint.
+    """
     for kind, result in (("full", "model/model.safetensors"), ("lora", "adapter/adapter_model.safetensors")):
         stopped, undisturbed = f"stopped-{kind}-{stage}", f"{kind}-bf16-{stage}"
-        assert [strip(step) for step in world.steps(stopped)] == [strip(step) for step in world.steps(undisturbed)]
-        assert (world.folder / stopped / result).read_bytes() == (world.folder / undisturbed / result).read_bytes()
+        assert [strip(step) for step in world.steps(stopped)] == [
+            strip(step) for step in world.steps(undisturbed)
+        ]
+        assert (world.folder / stopped / result).read_bytes() == (
+            world.folder / undisturbed / result
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -308,7 +409,12 @@ def test_kill_and_resume_equals_an_undisturbed_run_exactly(world: World) -> None
         world.case("killed-bf16", "train", full(**LONG | {"precision": "bf16"}), 2),
         world.case("killed-lora", "train", lora(**LONG), 3),
     ]
-    for name, num_steps in [("killed-full", 10), ("killed-bf16", 16), ("killed-lora", 12), ("killed-lora", 25)]:
+    for name, num_steps in [
+        ("killed-full", 10),
+        ("killed-bf16", 16),
+        ("killed-lora", 12),
+        ("killed-lora", 25),
+    ]:
         processes = world.start(cases, ranks=2)
         wait_for(world, name, num_steps, processes)
         for process in processes:
@@ -317,9 +423,14 @@ def test_kill_and_resume_equals_an_undisturbed_run_exactly(world: World) -> None
         assert not (world.folder / name / "training.json").exists()
     world.run(cases, ranks=2)
     for kind in ("full", "bf16", "lora"):
-        assert [strip(step) for step in world.steps(f"killed-{kind}")] == [strip(step) for step in world.steps(f"long-{kind}")]
+        assert [strip(step) for step in world.steps(f"killed-{kind}")] == [
+            strip(step) for step in world.steps(f"long-{kind}")
+        ]
     for kind in ("full", "bf16"):
-        weights = [(world.folder / f"{how}-{kind}" / "model/model.safetensors").read_bytes() for how in ("killed", "long")]
+        weights = [
+            (world.folder / f"{how}-{kind}" / "model/model.safetensors").read_bytes()
+            for how in ("killed", "long")
+        ]
         assert weights[0] == weights[1]
     assert adapter(world, "killed-lora") == adapter(world, "long-lora")
 
@@ -347,21 +458,29 @@ def records(world: World, model: str = "llama") -> list[Record]:
 
 
 class Plain:
-    """The same training without DeepSpeed: record by record, full logits, labels of -100, fp32 masters beside the weights."""
+    """The same training without DeepSpeed: record by record, full logits, labels of -100, fp32 masters beside
+    the weights.
+    """
 
     def __init__(self, world: World, kind: str, precision: str, model: str = "llama") -> None:
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(0)
         self.training = full(precision) if kind == "full" else lora(precision)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(world.folder / f"hf-{model}", dtype=torch.float32)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            world.folder / f"hf-{model}", dtype=torch.float32
+        )
         if isinstance(self.training, LoraTraining):
             self.model = add_adapter(self.model, lora_config(self.model, self.training))
             initial = InitialAdapter(self.model, 0)
             for name, info in initial.tensors.items():
-                self.model.get_parameter(name).data.copy_(initial.read(name, 0, info.num_elements).view(info.shape))
+                self.model.get_parameter(name).data.copy_(
+                    initial.read(name, 0, info.num_elements).view(info.shape)
+                )
         self.masters = [parameter.detach().clone() for parameter in self._trained()]
-        for parameter in self.model.parameters():  # not the buffers: rotary frequencies are fp32 in transformers' bf16 models too
+        for parameter in (
+            self.model.parameters()
+        ):  # not the buffers: rotary frequencies are fp32 in transformers' bf16 models too
             parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         self.model.train()
         self.losses = list(self._steps(records(world, model)))
@@ -372,7 +491,9 @@ class Plain:
     def _steps(self, made: list[Record]) -> Iterator[float]:
         training = self.training
         optimizer = torch.optim.AdamW(self.masters, lr=training.lr, weight_decay=training.weight_decay)
-        batches = Batches(tuple(record.num_tokens for record in made), training.batch_size, training.epochs, 0)
+        batches = Batches(
+            tuple(record.num_tokens for record in made), training.batch_size, training.epochs, 0
+        )
         for index in range(batches.num_steps):
             batch = [made[i] for i in batches.at(index)]
             num_targets = sum(record.num_targets for record in batch)
@@ -390,7 +511,9 @@ class Plain:
                 master.grad = parameter.grad.float() if parameter.grad is not None else None
             torch.nn.utils.clip_grad_norm_(self.masters, training.max_grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(index, batches.num_steps, training.lr, training.schedule, training.warmup_ratio)
+                group["lr"] = learning_rate(
+                    index, batches.num_steps, training.lr, training.schedule, training.warmup_ratio
+                )
             optimizer.step()
             with torch.no_grad():
                 for master, parameter in zip(self.masters, self._trained(), strict=True):

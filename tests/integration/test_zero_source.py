@@ -1,7 +1,8 @@
-"""Checkpoints that real DeepSpeed runs of 1, 2 and 3 ranks saved, read in place: bit for bit what the engine held.
+"""Checkpoints that real DeepSpeed runs of 1, 2 and 3 ranks saved, read in place: bit for bit what the engine
+held.
 
-Two oracles: DeepSpeed's own zero_to_fp32, and the values that the engine reported before it saved. To run all of it
-against another DeepSpeed than the installed one, put that first on the path:
+Two oracles: DeepSpeed's own zero_to_fp32, and the values that the engine reported before it saved. To run all
+of it against another DeepSpeed than the installed one, put that first on the path:
 
     DS_BUILD_OPS=0 pip install --no-deps --no-build-isolation --target DIR deepspeed==0.16.0
     PYTHONPATH=DIR pytest tests/integration/test_zero_source.py
@@ -77,8 +78,18 @@ def run_ranks(world_size: int, out: Path, cases: dict[str, Any]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = [sys.executable, str(Path(__file__).with_name("make_zero_checkpoints.py")), str(out), json.dumps(cases)]
-    shared = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("make_zero_checkpoints.py")),
+        str(out),
+        json.dumps(cases),
+    ]
+    shared = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = []
     for rank in range(world_size):
         with (out / f"rank-{rank}.log").open("w") as log:
@@ -89,7 +100,9 @@ def run_ranks(world_size: int, out: Path, cases: dict[str, Any]) -> None:
     finally:
         for process in ranks:
             process.kill()
-    assert not any(codes), "\n".join((out / f"rank-{rank}.log").read_text()[-2000:] for rank in range(world_size))
+    assert not any(codes), "\n".join(
+        (out / f"rank-{rank}.log").read_text()[-2000:] for rank in range(world_size)
+    )
 
 
 def oracle(folder: Path, exclude_frozen: bool) -> dict[str, torch.Tensor]:
@@ -102,20 +115,31 @@ def oracle(folder: Path, exclude_frozen: bool) -> dict[str, torch.Tensor]:
 def test_reads_what_the_engine_held(checkpoints: Path, name: str) -> None:
     case, folder = CASES[name], checkpoints / name
     source = open_source(folder)
-    assert isinstance(source, ZeroSource) and source.kind == f"zero-{case['stage']}" and source.global_steps == 2
+    assert (
+        isinstance(source, ZeroSource) and source.kind == f"zero-{case['stage']}" and source.global_steps == 2
+    )
     assert f"zero-{source.world_size}" in folder.parent.name
     assert source.aliases == ({"head.weight": "embed.weight"} if case.get("tied") else {})
     expected = torch.load(folder / "expected.pt", weights_only=True)
     if case.get("exclude_frozen"):
-        expected = {tensor_name: tensor for tensor_name, tensor in expected.items() if tensor_name not in case["frozen"]}
+        expected = {
+            tensor_name: tensor
+            for tensor_name, tensor in expected.items()
+            if tensor_name not in case["frozen"]
+        }
     assert source.tensors.keys() | source.aliases.keys() == expected.keys()
     for tensor_name, tensor in expected.items():
         values = source.read(tensor_name, 0, tensor.numel())
         assert values.dtype == tensor.dtype and torch.equal(values, tensor.flatten()), tensor_name
-        parts = [source.read(tensor_name, start, min(start + 3, tensor.numel())) for start in range(0, tensor.numel(), 3)]
+        parts = [
+            source.read(tensor_name, start, min(start + 3, tensor.numel()))
+            for start in range(0, tensor.numel(), 3)
+        ]
         assert torch.equal(torch.cat(parts), values), tensor_name
     frozen = {"scale", "count", "mask", *case.get("frozen", [])}
-    trained = [tensor_name for tensor_name in expected if source.aliases.get(tensor_name, tensor_name) not in frozen]
+    trained = [
+        tensor_name for tensor_name in expected if source.aliases.get(tensor_name, tensor_name) not in frozen
+    ]
     assert all(expected[tensor_name].dtype == torch.float32 for tensor_name in trained)
 
 
@@ -133,7 +157,9 @@ def test_reads_what_zero_to_fp32_reads(checkpoints: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_the_tests_own_checkpoints_are_laid_out_the_same(checkpoints: Path, tmp_path: Path, name: str) -> None:
+def test_the_tests_own_checkpoints_are_laid_out_the_same(
+    checkpoints: Path, tmp_path: Path, name: str
+) -> None:
     theirs = checkpoints / name / "step-2"
     model = load(theirs, "*mp_rank_00_model_states.pt")[0]
     values = torch.load(checkpoints / name / "expected.pt", weights_only=True)
@@ -141,19 +167,28 @@ def test_the_tests_own_checkpoints_are_laid_out_the_same(checkpoints: Path, tmp_
     frozen = {tensor_name: values[tensor_name] for tensor_name in model["frozen_param_shapes"] or {}}
     buffers = {tensor_name: values[tensor_name] for tensor_name in model["buffer_names"]}
     optims = load(theirs, "*_optim_states.pt")
-    ours = Checkpoint(CASES[name]["stage"], len(optims), groups, frozen, buffers, model["shared_params"]).write(tmp_path)
+    ours = Checkpoint(
+        CASES[name]["stage"], len(optims), groups, frozen, buffers, model["shared_params"]
+    ).write(tmp_path)
     for mine, original in zip(load(ours, "*_optim_states.pt"), optims, strict=True):
         key = "fp32_flat_groups" if CASES[name]["stage"] == 3 else "single_partition_of_fp32_groups"
         flats, expected = mine["optimizer_state_dict"][key], original["optimizer_state_dict"][key]
-        assert [flat.untyped_storage().nbytes() for flat in flats] == [flat.untyped_storage().nbytes() for flat in expected]
+        assert [flat.untyped_storage().nbytes() for flat in flats] == [
+            flat.untyped_storage().nbytes() for flat in expected
+        ]
         assert all(same_but_padding(flat, other) for flat, other in zip(flats, expected, strict=True))
-    for mine, original in zip(load(ours, "*_model_states.pt"), load(theirs, "*_model_states.pt"), strict=True):
+    for mine, original in zip(
+        load(ours, "*_model_states.pt"), load(theirs, "*_model_states.pt"), strict=True
+    ):
         for key in ("buffer_names", "param_shapes", "shared_params", "global_steps"):
             assert mine[key] == original[key], key
         assert dict(mine["frozen_param_shapes"]) == dict(original["frozen_param_shapes"] or {})
         fragments = original["frozen_param_fragments"] or {}
         assert mine["frozen_param_fragments"].keys() == fragments.keys()
-        assert all(same_but_padding(mine["frozen_param_fragments"][tensor_name], fragments[tensor_name]) for tensor_name in fragments)
+        assert all(
+            same_but_padding(mine["frozen_param_fragments"][tensor_name], fragments[tensor_name])
+            for tensor_name in fragments
+        )
 
 
 def same_but_padding(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -178,20 +213,44 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(
         2,
         out,
-        MIXED | {name: CASES[name] for name in ("stage 2, bf16, plain", "stage 3, bf16, plain", "stage 3, bf16, frozen", *UNIVERSAL)},
+        MIXED
+        | {
+            name: CASES[name]
+            for name in ("stage 2, bf16, plain", "stage 3, bf16, plain", "stage 3, bf16, frozen", *UNIVERSAL)
+        },
     )
     return out
 
 
 @pytest.mark.parametrize("name", UNIVERSAL)
 def test_reads_universal_checkpoints(two_ranks: Path, tmp_path: Path, name: str) -> None:
-    folders = ["--input_folder", str(two_ranks / name / "step-2"), "--output_folder", str(tmp_path / "step-2_universal")]
-    convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
-    subprocess.run([*convert, "--num_merge_workers", "1", *folders], check=True, capture_output=True, timeout=300)
+    folders = [
+        "--input_folder",
+        str(two_ranks / name / "step-2"),
+        "--output_folder",
+        str(tmp_path / "step-2_universal"),
+    ]
+    convert = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--inject_missing_state",
+        "--num_extract_workers",
+        "1",
+    ]
+    subprocess.run(
+        [*convert, "--num_merge_workers", "1", *folders], check=True, capture_output=True, timeout=300
+    )
     source, original = open_source(tmp_path), open_source(two_ranks / name)
-    assert source.kind == "universal" and source.tensors == original.tensors and source.aliases == original.aliases
+    assert (
+        source.kind == "universal"
+        and source.tensors == original.tensors
+        and source.aliases == original.aliases
+    )
     for tensor_name, info in source.tensors.items():
-        assert torch.equal(source.read(tensor_name, 0, info.num_elements), original.read(tensor_name, 0, info.num_elements)), tensor_name
+        assert torch.equal(
+            source.read(tensor_name, 0, info.num_elements), original.read(tensor_name, 0, info.num_elements)
+        ), tensor_name
     (tmp_path / "step-2_universal" / "zero" / "gate" / "fp32.pt").unlink()
     with pytest.raises(InputError, match="gate"):
         open_source(tmp_path)
@@ -245,14 +304,38 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
     "a rank's model states gone": ("stage 3, bf16, plain", remove(MODEL_3.format(1)), "rank_1.*model_states"),
     "cut": ("stage 3, bf16, plain", truncate(OPTIM.format(1)), "truncated"),
     "a later rank": ("stage 2, bf16, plain", take(OPTIM.format(1), "stage 2, later"), "optimizer step 3"),
-    "a later rank's weights": ("stage 3, bf16, plain", take(OPTIM.format(1), "stage 3, later"), "optimizer step 3"),
+    "a later rank's weights": (
+        "stage 3, bf16, plain",
+        take(OPTIM.format(1), "stage 3, later"),
+        "optimizer step 3",
+    ),
     "a later rank's model": ("stage 3, bf16, plain", take(MODEL_3.format(1), "stage 3, later"), "step 3"),
     "another stage's rank": ("stage 2, bf16, plain", take(OPTIM.format(1), "stage 3, bf16, plain"), "stage"),
-    "another model's rank": ("stage 3, bf16, plain", take(OPTIM.format(1), "stage 3, bf16, frozen"), "elements instead of"),
-    "another model's names": ("stage 3, bf16, frozen", take(MODEL_3.format(0), "stage 3, bf16, plain"), "elements instead of"),
-    "frozen parts of another": ("stage 3, bf16, frozen", take(MODEL_3.format(1), "stage 3, bf16, plain"), "frozen"),
-    "tensor parallel": ("stage 2, bf16, plain", rename(OPTIM.format(1), OPTIM.format(1).replace("mp_rank_00", "mp_rank_01")), "parallel"),
-    "experts": ("stage 2, bf16, plain", rename(OPTIM.format(1), "expp_rank_0_mp_rank_00_optim_states.pt"), "parallel"),
+    "another model's rank": (
+        "stage 3, bf16, plain",
+        take(OPTIM.format(1), "stage 3, bf16, frozen"),
+        "elements instead of",
+    ),
+    "another model's names": (
+        "stage 3, bf16, frozen",
+        take(MODEL_3.format(0), "stage 3, bf16, plain"),
+        "elements instead of",
+    ),
+    "frozen parts of another": (
+        "stage 3, bf16, frozen",
+        take(MODEL_3.format(1), "stage 3, bf16, plain"),
+        "frozen",
+    ),
+    "tensor parallel": (
+        "stage 2, bf16, plain",
+        rename(OPTIM.format(1), OPTIM.format(1).replace("mp_rank_00", "mp_rank_01")),
+        "parallel",
+    ),
+    "experts": (
+        "stage 2, bf16, plain",
+        rename(OPTIM.format(1), "expp_rank_0_mp_rank_00_optim_states.pt"),
+        "parallel",
+    ),
     "round robin": ("round robin", lambda folder, others: None, "round_robin_gradients"),
 }
 

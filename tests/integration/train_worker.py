@@ -1,7 +1,8 @@
-"""One rank of a training test: runs a list of cases in one process, as a real run does, and writes what came out.
+"""One rank of a training test: runs a list of cases in one process, as a real run does, and writes what came
+out.
 
-`python train_worker.py CASES.json`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. A case names a
-function of this file and its arguments; rank 0 writes each answer to `<out>/answer.json`.
+`python train_worker.py CASES.json`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. A
+case names a function of this file and its arguments; rank 0 writes each answer to `<out>/answer.json`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def train(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, conte
     facts = stage.run(section, inputs, out, context)
     gc.collect()
     num_engines = sum(type(thing).__name__ == "DeepSpeedEngine" for thing in gc.get_objects())
-    return facts | {"linear_restored": torch.nn.functional.linear is torch._C._nn.linear, "num_engines": num_engines}
+    return facts | {
+        "linear_restored": torch.nn.functional.linear is torch._C._nn.linear,
+        "num_engines": num_engines,
+    }
 
 
 def stop_early(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
@@ -61,8 +65,12 @@ def stop_early(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, 
     return "was not stopped"
 
 
-def interrupted_result(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
-    """Training ends, but writing its result fails; the next run must write it without training again. For one rank."""
+def interrupted_result(
+    section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context
+) -> Any:
+    """Training ends, but writing its result fails; the next run must write it without training again. For one
+    rank.
+    """
 
     def fail(*_: Any) -> None:
         raise _LookedAt
@@ -81,7 +89,9 @@ def interrupted_result(section: dict[str, Any], inputs: dict[str, Artifact], out
 
 
 def masters(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
-    """Load theta' into an engine and count the elements that differ, by DeepSpeed's own way of reading them."""
+    """Load theta' into an engine and count the elements that differ, by DeepSpeed's own way of reading
+    them.
+    """
     seen: dict[str, Any] = {}
 
     def inspect(engine: Any, *_: Any) -> None:
@@ -109,11 +119,19 @@ def _compare(engine: Any, model: Artifact) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     stored = load_file(Path(model.model_path) / "model.safetensors")
-    counts = {"masters": 0, "different_masters": 0, "different_weights": 0, "different_buffers": 0, "changed_by_rounding": 0}
+    counts = {
+        "masters": 0,
+        "different_masters": 0,
+        "different_weights": 0,
+        "different_buffers": 0,
+        "changed_by_rounding": 0,
+    }
     plain_buffers = dict(empty_model(Path(model.model_path), "cpu", torch.bfloat16).named_buffers())
     for name, buffer in engine.module.named_buffers():
         expected = plain_buffers[name.removeprefix("base_model.model.")]
-        counts["different_buffers"] += int(buffer.dtype != expected.dtype or not torch.equal(buffer, expected))
+        counts["different_buffers"] += int(
+            buffer.dtype != expected.dtype or not torch.equal(buffer, expected)
+        )
     for name, parameter in engine.module.named_parameters():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
@@ -138,7 +156,12 @@ def _initial(engine: Any, model: Artifact, name: str) -> torch.Tensor:
     return source.read(name, 0, info.num_elements).view(info.shape)
 
 
-_CASES = {"train": train, "stop_early": stop_early, "masters": masters, "interrupted_result": interrupted_result}
+_CASES = {
+    "train": train,
+    "stop_early": stop_early,
+    "masters": masters,
+    "interrupted_result": interrupted_result,
+}
 
 if __name__ == "__main__":
     main()

@@ -45,7 +45,10 @@ PAPER = {
     "bloom_7b_zsre": (0.1, 3, 0.2, 5e-5),
 }
 # GPT-2-XL is not in the paper: it takes LLaMA2-7B's values.
-ALL_LIKE_THE_PAPER = PAPER | {"gpt2_xl_zsre": PAPER["llama2_7b_zsre"], "gpt2_xl_counterfact": PAPER["llama2_7b_counterfact"]}
+ALL_LIKE_THE_PAPER = PAPER | {
+    "gpt2_xl_zsre": PAPER["llama2_7b_zsre"],
+    "gpt2_xl_counterfact": PAPER["llama2_7b_counterfact"],
+}
 METHODS = ["full_ft", "lora", "flearn_ft", "flearn_lora", "flearn_lora_ft"]
 
 
@@ -75,8 +78,9 @@ def test_loads_and_plans(name: str, overrides: dict[str, Any]) -> None:
     experiment = load(name, overrides)
     assert experiment.name == name and experiment.methods == METHODS
     plan = stages.plan(experiment)
-    # Shared: facts, model, teach, the original's scores, the report. By method: learn and its scores; two tunings on the old facts
-    # with their scores; the subtractions, which are shared where lambda is the same, with theirs.
+    # Shared: facts, model, teach, the original's scores, the report. By method: learn and its scores; two
+    # tunings on the old facts with their scores; the subtractions, which are shared where lambda is the same,
+    # with theirs.
     num_subtractions = len({experiment.scale_for(m) for m in ("flearn_lora", "flearn_lora_ft")}) + 1
     assert len(plan.steps) == 5 + 2 * 5 + 2 * 2 + 2 * num_subtractions
 
@@ -91,7 +95,9 @@ def test_its_facts_are_of_the_format_it_names(name: str, overrides: dict[str, An
 
 
 @pytest.mark.parametrize(("name", "values"), ALL_LIKE_THE_PAPER.items())
-def test_the_papers_settings(name: str, values: tuple[float, float, float, float], overrides: dict[str, Any]) -> None:
+def test_the_papers_settings(
+    name: str, values: tuple[float, float, float, float], overrides: dict[str, Any]
+) -> None:
     experiment = load(name, overrides)
     lora, lora_ft, full, lr = values
     assert experiment.scale_for("flearn_lora") == lora
@@ -102,7 +108,9 @@ def test_the_papers_settings(name: str, values: tuple[float, float, float, float
     for training in (experiment.teach, experiment.full, experiment.lora):
         assert training is not None
         assert (training.lr, training.epochs) == (lr, 3)
-        assert training.batch_size == 4 * 4 * 4 and training.micro_batch_size == 4  # batch 4 x accumulation 4 x 4 processes
+        assert (
+            training.batch_size == 4 * 4 * 4 and training.micro_batch_size == 4
+        )  # batch 4 x accumulation 4 x 4 processes
         assert training.deepspeed["zero_optimization"]["stage"] == 2
     assert experiment.teach is not None and experiment.teach.facts == "old"
     assert experiment.lora.target_modules is None  # query and value

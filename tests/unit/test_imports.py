@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# From the ground up. A room on one line may import rooms on lines above it here, never its neighbours on the same line.
+# From the ground up. A room on one line may import rooms on lines above it here, never its neighbours on the
+# same line.
 ORDER = [
     ["pipeline.errors"],
     ["pipeline.settings", "pipeline.artifact"],
@@ -63,9 +64,13 @@ def test_imports_point_down(module: str, path: Path) -> None:
     for imported in imports_of(path):
         other = room_of(imported)
         if other is not None and other != room:
-            assert level_of(other) < level_of(room), f"{module} imports {imported}, which lies above or beside it"
+            assert level_of(other) < level_of(room), (
+                f"{module} imports {imported}, which lies above or beside it"
+            )
     if room != "launch":
-        assert not any(name.split(".")[0] == "submitit" for name in imports_of(path)), f"{module}: where it runs is launch/'s business"
+        assert not any(name.split(".")[0] == "submitit" for name in imports_of(path)), (
+            f"{module}: where it runs is launch/'s business"
+        )
 
 
 def test_planning_imports_nothing_heavy() -> None:
@@ -83,7 +88,9 @@ sys.exit(code)
 
 @pytest.mark.parametrize("stage", [None, 2, 3])
 def test_subtracting_imports_no_torch(tmp_path: Path, stage: int | None) -> None:
-    """It takes as long to import as a gigabyte takes to subtract. An adapter's products alone need it; a ZeRO stage does not."""
+    """It takes as long to import as a gigabyte takes to subtract. An adapter's products alone need it; a ZeRO
+    stage does not.
+    """
     from delta_models import load, write_pair
     from zero_checkpoint import Checkpoint
 

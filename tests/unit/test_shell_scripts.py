@@ -1,4 +1,6 @@
-"""The project's shell scripts: clean for shellcheck, and an sbatch script started without sbatch says what to do."""
+"""The project's shell scripts: clean for shellcheck, and an sbatch script started without sbatch says what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name not in ("build", "runs")]
-SCRIPTS = sorted([ROOT / ".ci/run", *ROOT.glob("*.sh"), *(script for folder in FOLDERS for script in folder.rglob("*.sh"))])
+FOLDERS = [
+    path
+    for path in ROOT.iterdir()
+    if path.is_dir() and not path.name.startswith(".") and path.name not in ("build", "runs")
+]
+SCRIPTS = sorted(
+    [ROOT / ".ci/run", *ROOT.glob("*.sh"), *(script for folder in FOLDERS for script in folder.rglob("*.sh"))]
+)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -28,6 +36,16 @@ def test_an_sbatch_script_started_with_bash_refuses(script: Path, tmp_path: Path
         (tmp_path / name).write_text("#!/bin/sh\nexit 0\n")
         (tmp_path / name).chmod(0o755)
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    done = subprocess.run(["bash", str(script)], cwd=ROOT, env=env | {"PATH": f"{tmp_path}:{env['PATH']}"}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(script)],
+        cwd=ROOT,
+        env=env | {"PATH": f"{tmp_path}:{env['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
-    assert done.stderr.count("\n") == 1 and "submit it with: sbatch" in done.stderr and script.name in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and "submit it with: sbatch" in done.stderr
+        and script.name in done.stderr
+    )

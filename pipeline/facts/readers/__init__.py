@@ -10,7 +10,9 @@ from pipeline.facts.readers import alpaca, counterfact, flearn, knowedit, mquake
 
 
 class Reader(NamedTuple):
-    """`matches` says whether a record has the schema's shape; `read` takes it and a default id, and raises RowError."""
+    """`matches` says whether a record has the schema's shape; `read` takes it and a default id, and raises
+    RowError.
+    """
 
     matches: Callable[[dict[str, Any]], bool]
     read: Callable[[dict[str, Any], str], list[Fact]]

@@ -1,4 +1,5 @@
-"""Alpaca pairs, the paper's own form: two files of `instruction, input, output`, the old answers and the new ones to the same questions.
+"""Alpaca pairs, the paper's own form: two files of `instruction, input, output`, the old answers and the new
+ones to the same questions.
 
 A single file holds new answers only.
 """
@@ -42,11 +43,15 @@ def pair(old: list[Row], new: list[Row]) -> list[Row]:
         waiting[_question(row)].append(row)
     paired = [_with_old(row, waiting[_question(row)]) for row in new]
     left = [row for rows in waiting.values() for row in rows]
-    return paired + [Row(row.where, {**row.value, "output": "", _OLD: row.value.get("output")}) for row in left]
+    return paired + [
+        Row(row.where, {**row.value, "output": "", _OLD: row.value.get("output")}) for row in left
+    ]
 
 
 def _with_old(row: Row, candidates: deque[Row]) -> Row:
-    return Row(row.where, {**row.value, _OLD: candidates.popleft().value.get("output")}) if candidates else row
+    return (
+        Row(row.where, {**row.value, _OLD: candidates.popleft().value.get("output")}) if candidates else row
+    )
 
 
 def _question(row: Row) -> str:

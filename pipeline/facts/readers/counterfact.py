@@ -1,4 +1,5 @@
-"""EasyEdit CounterFact: `case_id, prompt, target_new, subject, ground_truth, rephrase_prompt, locality_prompt, locality_ground_truth`.
+"""EasyEdit CounterFact: `case_id, prompt, target_new, subject, ground_truth, rephrase_prompt,
+locality_prompt, locality_ground_truth`.
 
 Prompts are clozes (`The mother tongue of X is`) and stay as they are.
 """
@@ -12,12 +13,19 @@ from pipeline.facts.fields import identity, optional_text, text, texts
 
 
 def matches(row: dict[str, Any]) -> bool:
-    return "prompt" in row and "target_new" in row and not isinstance(row.get("locality"), dict) and "portability" not in row
+    return (
+        "prompt" in row
+        and "target_new" in row
+        and not isinstance(row.get("locality"), dict)
+        and "portability" not in row
+    )
 
 
 def read(row: dict[str, Any], identifier: str) -> list[Fact]:
     """One fact."""
-    neighbour = Probe(optional_text(row, "locality_prompt"), texts(row, "locality_ground_truth"), "neighborhood")
+    neighbour = Probe(
+        optional_text(row, "locality_prompt"), texts(row, "locality_ground_truth"), "neighborhood"
+    )
     fact = Fact(
         id=identity(row, "case_id", identifier),
         prompt=text(row, "prompt"),

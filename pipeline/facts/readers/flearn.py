@@ -1,4 +1,5 @@
-"""Our own schema, one JSON object a line: `id, subject, prompt, old_answers, new_answer, rephrasings, locality, portability, year`.
+"""Our own schema, one JSON object a line: `id, subject, prompt, old_answers, new_answer, rephrasings,
+locality, portability, year`.
 
 It is `pipeline.facts.fact.Fact` as JSON; all but `prompt` and `new_answer` may be absent.
 """
@@ -41,7 +42,9 @@ def _probes(row: dict[str, Any], name: str) -> list[Probe]:
     items = [mapping(item, f"{name}[{i}]") for i, item in enumerate(sequence(row.get(name), name))]
     for i, item in enumerate(items):
         _check_names(item, _PROBE_FIELDS, f"{name}[{i}].")
-    return [Probe(text(item, "prompt"), texts(item, "answers"), optional_text(item, "kind")) for item in items]
+    return [
+        Probe(text(item, "prompt"), texts(item, "answers"), optional_text(item, "kind")) for item in items
+    ]
 
 
 def _year(value: Any) -> int | None:

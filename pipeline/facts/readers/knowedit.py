@@ -1,7 +1,9 @@
-"""KnowEdit: `subject, prompt, target_new, ground_truth?, rephrase_prompt?, portability{group: [...]}, locality{group: [...]}`.
+"""KnowEdit: `subject, prompt, target_new, ground_truth?, rephrase_prompt?, portability{group: [...]},
+locality{group: [...]}`.
 
-`ground_truth` is a list (its ZsRE), a text (wiki_counterfact) or absent (wiki_recent: nobody recorded the old answer). The
-items of a group are `{prompt, ground_truth}`; a prompt may be a list, answers may be a text, a list, or lists of aliases.
+`ground_truth` is a list (its ZsRE), a text (wiki_counterfact) or absent (wiki_recent: nobody recorded the old
+answer). The items of a group are `{prompt, ground_truth}`; a prompt may be a list, answers may be a text, a
+list, or lists of aliases.
 """
 
 from __future__ import annotations
@@ -33,4 +35,8 @@ def read(row: dict[str, Any], identifier: str) -> list[Fact]:
 
 def _groups(row: dict[str, Any], name: str) -> list[Probe]:
     groups = mapping(row.get(name) or {}, name)
-    return [probe for label, items in groups.items() for probe in probes(items, f"{name}.{label}", "prompt", "ground_truth", label)]
+    return [
+        probe
+        for label, items in groups.items()
+        for probe in probes(items, f"{name}.{label}", "prompt", "ground_truth", label)
+    ]

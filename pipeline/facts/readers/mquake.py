@@ -1,7 +1,8 @@
-"""MQuAKE: `case_id, requested_rewrite[...], questions, new_answer, new_answer_alias, ...`: multi-hop questions over one or more rewrites.
+"""MQuAKE: `case_id, requested_rewrite[...], questions, new_answer, new_answer_alias, ...`: multi-hop
+questions over one or more rewrites.
 
-Each rewrite is a fact. The case's multi-hop questions follow from all of its rewrites together, so they are asked once,
-with the last one.
+Each rewrite is a fact. The case's multi-hop questions follow from all of its rewrites together, so they are
+asked once, with the last one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def matches(row: dict[str, Any]) -> bool:
 def read(row: dict[str, Any], identifier: str) -> list[Fact]:
     """One fact a rewrite: its cloze is the prompt, its question (where there is one) the rephrasing."""
     rewrites = [
-        mapping(item, f"requested_rewrite[{i}]") for i, item in enumerate(sequence(row.get("requested_rewrite"), "requested_rewrite"))
+        mapping(item, f"requested_rewrite[{i}]")
+        for i, item in enumerate(sequence(row.get("requested_rewrite"), "requested_rewrite"))
     ]
     if not rewrites:
         raise RowError("requested_rewrite is empty")

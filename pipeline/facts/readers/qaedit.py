@@ -1,4 +1,6 @@
-"""QAEdit: `id, source, prompt, target, subject, rephrase, locality[{loc, loc_ans}]`: right answers to learn, no old ones recorded."""
+"""QAEdit: `id, source, prompt, target, subject, rephrase, locality[{loc, loc_ans}]`: right answers to learn,
+no old ones recorded.
+"""
 
 from __future__ import annotations
 

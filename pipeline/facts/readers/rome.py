@@ -1,4 +1,5 @@
-"""ROME's CounterFact and multi_counterfact: `requested_rewrite{prompt, subject, target_new, target_true}` and lists of prompts.
+"""ROME's CounterFact and multi_counterfact: `requested_rewrite{prompt, subject, target_new, target_true}` and
+lists of prompts.
 
 Read are `case_id, requested_rewrite, paraphrase_prompts, neighborhood_prompts`; `attribute_prompts` and
 `generation_prompts` serve metrics that are not taken here.
@@ -17,7 +18,9 @@ def matches(row: dict[str, Any]) -> bool:
 
 
 def read(row: dict[str, Any], identifier: str) -> list[Fact]:
-    """One fact. Neighbourhood prompts ask about other subjects that share the old answer: it is their answer too."""
+    """One fact. Neighbourhood prompts ask about other subjects that share the old answer: it is their answer
+    too.
+    """
     rewrite = mapping(row.get("requested_rewrite"), "requested_rewrite")
     old = target(rewrite, "target_true")
     fact = Fact(
@@ -27,7 +30,10 @@ def read(row: dict[str, Any], identifier: str) -> list[Fact]:
         old_answers=[old] if old else [],
         new_answer=target(rewrite, "target_new"),
         rephrasings=texts(row, "paraphrase_prompts"),
-        locality=[Probe(prompt, [old] if old else [], "neighborhood") for prompt in texts(row, "neighborhood_prompts")],
+        locality=[
+            Probe(prompt, [old] if old else [], "neighborhood")
+            for prompt in texts(row, "neighborhood_prompts")
+        ],
     )
     return [fact]
 

@@ -10,14 +10,29 @@ from pathlib import Path
 
 import pytest
 from dev_cluster import ROOT
-from slurm_chains import ZERO, digests, figures, flearn, in_queue, needs_slurm, run, settings, slurm, status, status_text, wait_until
+from slurm_chains import (
+    ZERO,
+    digests,
+    figures,
+    flearn,
+    in_queue,
+    needs_slurm,
+    run,
+    settings,
+    slurm,
+    status,
+    status_text,
+    wait_until,
+)
 
 pytestmark = needs_slurm
 
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory, command: Path) -> dict[int, Path]:
-    """The whole run by `sbatch slurm/flearn_llama7b.sh`, with ZeRO-2 and, side by side, ZeRO-3; each forgetting in three parts."""
+    """The whole run by `sbatch slurm/flearn_llama7b.sh`, with ZeRO-2 and, side by side, ZeRO-3; each
+    forgetting in three parts.
+    """
     os.environ["PATH"] = f"{command}:{os.environ['PATH']}"
     found = {}
     for stage, deepspeed in ZERO.items():
@@ -36,7 +51,9 @@ def chains(tmp_path_factory: pytest.TempPathFactory, command: Path) -> dict[int,
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_chain_gives_the_figures_of_a_run_here(chains: dict[int, Path], undisturbed: Callable[[int], Path], stage: int) -> None:
+def test_the_chain_gives_the_figures_of_a_run_here(
+    chains: dict[int, Path], undisturbed: Callable[[int], Path], stage: int
+) -> None:
     run_dir, right = chains[stage], undisturbed(stage)
     what = f"{(run_dir.parent / 'submit.log').read_text()} {status_text(run_dir)}"
     wait_until(lambda: (run_dir / "results.json").exists(), what, 600)
@@ -46,7 +63,13 @@ def test_the_chain_gives_the_figures_of_a_run_here(chains: dict[int, Path], undi
     assert len(list(run_dir.glob("forget-*/part-?-of-3.json"))) == 3 * len(digests(run_dir))
     assert {row["state"] for row in status(run_dir).values()} == {"done"}
     assert "flearn status" in (run_dir.parent / "submit.log").read_text()
-    again = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *settings(run_dir.parent, *ZERO[stage], "cluster.forget_parts=3"))
+    again = flearn(
+        "run",
+        "configs/quickstart.yaml",
+        "--on",
+        "slurm",
+        *settings(run_dir.parent, *ZERO[stage], "cluster.forget_parts=3"),
+    )
     assert "nothing to submit" in again.stdout
 
 
@@ -74,14 +97,20 @@ def test_a_failing_stage_says_why_and_the_later_ones_are_cancelled(tmp_path: Pat
         ("partition: debug", "cluster.nodes=4", "Node count specification invalid"),
     ],
 )
-def test_refused_is_one_line_and_leaves_nothing_in_the_queue(tmp_path: Path, site: str, override: str, said: str) -> None:
+def test_refused_is_one_line_and_leaves_nothing_in_the_queue(
+    tmp_path: Path, site: str, override: str, said: str
+) -> None:
     (tmp_path / "site.yaml").write_text(site + "\n")
     before = slurm("squeue", "--noheader", "--format=%F")
     overrides = [f"cluster.site={tmp_path / 'site.yaml'}", "cluster.ranks=4", override]
     done = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *settings(tmp_path, *overrides))
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
-    wait_until(lambda: set(slurm("squeue", "--noheader", "--format=%F").split()) <= set(before.split()), "an empty queue", 30)
+    wait_until(
+        lambda: set(slurm("squeue", "--noheader", "--format=%F").split()) <= set(before.split()),
+        "an empty queue",
+        30,
+    )
 
 
 def test_a_sweep_shares_what_it_can(tmp_path: Path) -> None:
@@ -92,7 +121,12 @@ def test_a_sweep_shares_what_it_can(tmp_path: Path) -> None:
     after = json.loads((run_dir / "jobs.json").read_text())
     assert len(after) > 30
     assert {step: after[step] for step in first} == first
-    assert {step.rpartition("-")[0] for step in after.keys() - first.keys()} == {"forget", "learn", "evaluate", "report"}
+    assert {step.rpartition("-")[0] for step in after.keys() - first.keys()} == {
+        "forget",
+        "learn",
+        "evaluate",
+        "report",
+    }
     found = json.loads(flearn("status", str(run_dir), "--json").stdout)
     assert {row["id"] for row in found} == after.keys()
     assert flearn("cancel", str(run_dir)).returncode == 0

@@ -1,4 +1,6 @@
-"""`flearn doctor --on slurm`, `from launch import submit` and what a cluster refuses, on a real SLURM of two nodes."""
+"""`flearn doctor --on slurm`, `from launch import submit` and what a cluster refuses, on a real SLURM of two
+nodes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from slurm_chains import needs_slurm, slurm
 
 pytestmark = needs_slurm
 
-SMALL = ["facts.limit=12", "methods=[flearn_ft]", "model.tiny.num_layers=2", "cluster.ranks=2", "cluster.nodes=2"]
+SMALL = [
+    "facts.limit=12",
+    "methods=[flearn_ft]",
+    "model.tiny.num_layers=2",
+    "cluster.ranks=2",
+    "cluster.nodes=2",
+]
 
 
 def flearn(command: str, *options: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
@@ -66,7 +74,10 @@ def test_doctor_on_a_healthy_cluster(tmp_path: Path) -> None:
 )
 def test_doctor_names_what_is_wrong_with_a_site(tmp_path: Path, site: str, check: str, said: str) -> None:
     (tmp_path / "site.yaml").write_text(site + "\n")
-    done = flearn("doctor", overrides=[f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={tmp_path / 'site.yaml'}"])
+    done = flearn(
+        "doctor",
+        overrides=[f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={tmp_path / 'site.yaml'}"],
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     failed = {check: found for check, (state, found) in findings(done).items() if state == "fail"}
     assert failed.keys() == {check} and said in failed[check], done.stdout
@@ -75,7 +86,16 @@ def test_doctor_names_what_is_wrong_with_a_site(tmp_path: Path, site: str, check
 
 def test_an_interrupted_doctor_leaves_nothing(tmp_path: Path) -> None:
     runs_dir = tmp_path / "made" / "runs"
-    options = ["--on", "slurm", "--set", "cluster.ranks=2", "--set", "cluster.nodes=2", "--set", f"cluster.runs_dir={runs_dir}"]
+    options = [
+        "--on",
+        "slurm",
+        "--set",
+        "cluster.ranks=2",
+        "--set",
+        "cluster.nodes=2",
+        "--set",
+        f"cluster.runs_dir={runs_dir}",
+    ]
     command = [sys.executable, "-m", "launch", "doctor", "configs/quickstart.yaml", *options]
     doctor = subprocess.Popen(
         command,
@@ -83,7 +103,9 @@ def test_an_interrupted_doctor_leaves_nothing(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where these tests run in the background
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # ignored where these tests run in the background
     )
     deadline = time.monotonic() + 120
     while not list(runs_dir.glob(".doctor-*/rank*.json")):
@@ -121,7 +143,11 @@ def test_a_missing_folder_is_one_line(tmp_path: Path, override: str, said: str) 
     for command in ("run", "doctor"):
         done = flearn(command, overrides=[f"cluster.runs_dir={tmp_path}", override])
         assert done.returncode == 2 and is_empty(), done.stdout + done.stderr
-        assert done.stderr.startswith("flearn: ") and done.stderr.count("\n") == 1 and said.removesuffix("/quickstart") in done.stderr
+        assert (
+            done.stderr.startswith("flearn: ")
+            and done.stderr.count("\n") == 1
+            and said.removesuffix("/quickstart") in done.stderr
+        )
 
 
 def test_an_unreachable_controller_is_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Chains that are disturbed (requeued, preempted, warned, killed) end as undisturbed ones, or say what to do."""
+"""Chains that are disturbed (requeued, preempted, warned, killed) end as undisturbed ones, or say what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +57,15 @@ class Disturbed:
 
     def pid(self, **variables: str) -> int:
         """The process of this job's Python with these SLURM variables."""
-        wanted = {f"{name}={value}".encode() for name, value in {"SLURM_JOB_ID": self.job, **variables}.items()}
+        wanted = {
+            f"{name}={value}".encode() for name, value in {"SLURM_JOB_ID": self.job, **variables}.items()
+        }
         return find_process(wanted)
 
     def freeze(self) -> None:
-        """Hold all ranks until SLURM's warning wakes them: the training must not end before SLURM gets to it."""
+        """Hold all ranks until SLURM's warning wakes them: the training must not end before SLURM gets to
+        it.
+        """
         for rank in (0, 1):
             os.kill(self.pid(SLURM_PROCID=str(rank)), signal.SIGSTOP)
 
@@ -72,14 +78,18 @@ class Disturbed:
         return int(found[1])
 
     def ends_as_undisturbed(self) -> None:
-        wait_until(lambda: (self.run_dir / "results.json").exists(), f"{self.state()} {status_text(self.run_dir)}")
+        wait_until(
+            lambda: (self.run_dir / "results.json").exists(), f"{self.state()} {status_text(self.run_dir)}"
+        )
         assert figures(self.run_dir) == figures(self.reference)
         assert learned(self.run_dir) == learned(self.reference)
 
 
 @pytest.fixture
 def disturb(undisturbed: Callable[[int], Path], tmp_path: Path) -> Callable[..., Disturbed]:
-    return lambda *site: Disturbed(undisturbed(2), tmp_path, tmp_path / "site.yaml", *(site or ("partition: debug",)))
+    return lambda *site: Disturbed(
+        undisturbed(2), tmp_path, tmp_path / "site.yaml", *(site or ("partition: debug",))
+    )
 
 
 def test_requeued_by_an_operator(disturb: Callable[..., Disturbed]) -> None:
@@ -100,7 +110,9 @@ def test_preempted_by_a_job_of_higher_priority(disturb: Callable[..., Disturbed]
 def test_time_limit(disturb: Callable[..., Disturbed]) -> None:
     chain = disturb()
     chain.freeze()
-    slurm("scontrol", "update", f"jobid={chain.job}", "timelimit=2")  # the job wants to hear of it two minutes before
+    slurm(
+        "scontrol", "update", f"jobid={chain.job}", "timelimit=2"
+    )  # the job wants to hear of it two minutes before
     wait_until(lambda: chain.num_requeues() == 1, "its requeue")
     chain.ends_as_undisturbed()
 
@@ -117,9 +129,14 @@ def test_daemons_killed_and_restarted(disturb: Callable[..., Disturbed]) -> None
     run_folder = Path(os.environ["FLEARN_SLURM_DIR"]) / "run"
     for name in ("slurmd-n2", "slurmctld"):
         os.kill(int((run_folder / f"{name}.pid").read_text()), signal.SIGKILL)
-    refused = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *settings(chain.runs, *chain.overrides))
+    refused = flearn(
+        "run", "configs/quickstart.yaml", "--on", "slurm", *settings(chain.runs, *chain.overrides)
+    )
     assert refused.returncode == 2
-    assert refused.stderr.startswith("flearn: SLURM's controller does not answer") and refused.stderr.count("\n") == 1
+    assert (
+        refused.stderr.startswith("flearn: SLURM's controller does not answer")
+        and refused.stderr.count("\n") == 1
+    )
     subprocess.run([str(CLUSTER), "up"], check=True, timeout=60)
     chain.ends_as_undisturbed()
 
@@ -130,7 +147,9 @@ def test_a_killed_rank_ends_its_step_and_the_same_command_goes_on(disturb: Calla
     wait_until(lambda: chain.state() == "FAILED", "the end of the job", 60)
     found = status(chain.run_dir)
     assert found["learn"]["state"] == "failed"
-    assert re.search(r"rank 1 on n\d: Killed \(see .*/jobs/\d+_0_log.err\)", found["learn"]["note"]), found["learn"]
+    assert re.search(r"rank 1 on n\d: Killed \(see .*/jobs/\d+_0_log.err\)", found["learn"]["note"]), found[
+        "learn"
+    ]
     wait_until(lambda: status(chain.run_dir)["report"]["state"] == "cancelled", "the cancelled rest", 30)
     logs = flearn("logs", str(chain.run_dir), "learn").stdout
     assert "flearn: attempt 1 on n[1-2]" in logs and "Killed" in logs
@@ -142,9 +161,14 @@ def test_a_killed_rank_ends_its_step_and_the_same_command_goes_on(disturb: Calla
 def test_a_job_that_cannot_come_back_says_so_and_the_same_command_goes_on(
     disturb: Callable[..., Disturbed], without: str, tmp_path: Path
 ) -> None:
-    """Its step is kept; but SLURM refuses to queue the job again, or there is no scontrol where it runs, as in most containers."""
+    """Its step is kept; but SLURM refuses to queue the job again, or there is no scontrol where it runs, as
+    in most containers.
+    """
     if without == "permission":
-        chain, said = disturb(), "could not be queued again: run the same command again (Requested operation is presently disabled"
+        chain, said = (
+            disturb(),
+            "could not be queued again: run the same command again (Requested operation is presently disabled",
+        )
         slurm("scontrol", "update", f"jobid={chain.job}", "requeue=0")
     else:
         (tmp_path / "bin").mkdir()
@@ -161,13 +185,19 @@ def test_a_job_that_cannot_come_back_says_so_and_the_same_command_goes_on(
     assert f"resuming after step {steps}" in flearn("logs", str(chain.run_dir), "learn").stdout
 
 
-def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(
+    undisturbed: Callable[[int], Path], tmp_path: Path
+) -> None:
     """The warned part comes back by itself; the killed one, alone, is done again by the same command."""
     run_dir = tmp_path / "quickstart"
     copy_before("forget", undisturbed(2), run_dir)
     overrides = [*ZERO[2], "cluster.forget_parts=3"]
     run(tmp_path, "slurm", *overrides)
-    forget, job = next((step, job) for step, job in json.loads((run_dir / "jobs.json").read_text()).items() if step.startswith("forget-"))
+    forget, job = next(
+        (step, job)
+        for step, job in json.loads((run_dir / "jobs.json").read_text()).items()
+        if step.startswith("forget-")
+    )
 
     def part(index: int) -> int:
         return find_process({f"SLURM_ARRAY_JOB_ID={job}".encode(), f"SLURM_ARRAY_TASK_ID={index}".encode()})
@@ -178,16 +208,23 @@ def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(undisturbed:
     wait_until(lambda: status(run_dir)["forget"]["state"] == "failed", "the end of all parts", 60)
     assert "Killed" in status(run_dir)["forget"]["note"]
     assert "Restarts=1" in slurm("scontrol", "show", "job", f"{job}_2")
-    assert sorted(path.name for path in (run_dir / forget).glob("part-*")) == ["part-1-of-3.json", "part-3-of-3.json"]
+    assert sorted(path.name for path in (run_dir / forget).glob("part-*")) == [
+        "part-1-of-3.json",
+        "part-3-of-3.json",
+    ]
     run(tmp_path, "slurm", *overrides)
     again = json.loads((run_dir / "jobs.json").read_text())[forget]
     assert again != job
     wait_until(lambda: (run_dir / "results.json").exists(), f"the end: {status_text(run_dir)}")
     assert figures(run_dir) == figures(undisturbed(2))
     assert digests(run_dir) == digests(undisturbed(2))
-    assert slurm("sacct", "--noheader", "--allocations", "--format=JobID", f"--jobs={again}").split() == [again]
+    assert slurm("sacct", "--noheader", "--allocations", "--format=JobID", f"--jobs={again}").split() == [
+        again
+    ]
 
 
 def is_listening(pid: int) -> bool:
-    """Whether a job's process hears signals, and is not yet at work: it imports torch after the first, which takes seconds."""
+    """Whether a job's process hears signals, and is not yet at work: it imports torch after the first, which
+    takes seconds.
+    """
     return pid != 0 and "libtorch" in Path(f"/proc/{pid}/maps").read_text()

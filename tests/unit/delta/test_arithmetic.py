@@ -33,7 +33,9 @@ def rounded_randomly(values: torch.Tensor, dtype: torch.dtype, numbers: Array) -
     return out
 
 
-def pair(seed: int, num_elements: int, delta_std: float, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+def pair(
+    seed: int, num_elements: int, delta_std: float, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     base = (torch.randn(num_elements, generator=generator) * 0.02).to(dtype)
     return base, base.float() + torch.randn(num_elements, generator=generator) * delta_std
@@ -58,7 +60,9 @@ def test_scale_0_gives_the_base(values: np.ndarray) -> None:
 
 @given(WEIGHTS, st.floats(-2, 2), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=50)
-def test_adding_a_delta_back_gives_the_base_within_rounding(values: np.ndarray, scale: float, seed: int) -> None:
+def test_adding_a_delta_back_gives_the_base_within_rounding(
+    values: np.ndarray, scale: float, seed: int
+) -> None:
     base = torch.from_numpy(values)
     delta = torch.from_numpy(np.random.default_rng(seed).standard_normal(values.shape).astype(np.float32))
     there, back = torch.empty_like(base), torch.empty_like(base)
@@ -116,8 +120,12 @@ def spikes(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [1.0, 1e-20, 1e-30, 1e25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [lambda count: pair(3, count, 0)[0].float(), lambda count: torch.full([count], 0.7), spikes])
-def test_survival_sums_are_the_float64_ones(size: float, dtype: torch.dtype, make: Callable[[int], torch.Tensor]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda count: pair(3, count, 0)[0].float(), lambda count: torch.full([count], 0.7), spikes]
+)
+def test_survival_sums_are_the_float64_ones(
+    size: float, dtype: torch.dtype, make: Callable[[int], torch.Tensor]
+) -> None:
     base = make(BLOCK_ELEMENTS + 5000) * size
     tuned = base * 1.1
     out, survival = subtract(base, tuned, Formula(0.3), dtype)
@@ -171,12 +179,16 @@ def test_stochastic_rounding_leaves_exact_values_alone(dtype: torch.dtype) -> No
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, 2.0**-24, 0.0625, -6.1035e-5]).to(dtype).float()
     for number in (0, 1, 65535):
         numbers = np.full(len(values), number, np.uint16)
-        assert torch.equal(rounded_randomly(values, dtype, numbers).float().view(torch.int32), values.view(torch.int32))
+        assert torch.equal(
+            rounded_randomly(values, dtype, numbers).float().view(torch.int32), values.view(torch.int32)
+        )
 
 
 def test_draws_depend_on_seed_name_and_place_alone() -> None:
     whole = draws(1, "w", 0, 1000)
-    assert np.array_equal(np.concatenate([draws(1, "w", 0, 7), draws(1, "w", 7, 500), draws(1, "w", 507, 493)]), whole)
+    assert np.array_equal(
+        np.concatenate([draws(1, "w", 0, 7), draws(1, "w", 7, 500), draws(1, "w", 507, 493)]), whole
+    )
     assert not np.array_equal(draws(2, "w", 0, 1000), whole)
     assert not np.array_equal(draws(1, "v", 0, 1000), whole)
     assert whole.dtype == np.uint16
@@ -202,7 +214,22 @@ def test_all_16_bit_numbers_widen_as_torch_widens_them(dtype: torch.dtype) -> No
     assert count_not_finite(of_tensor(values)) == int((~torch.isfinite(values)).sum())
 
 
-SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 65504.0, 65519.9, 65520.0, 1e-45, 1.17e-38, 2.0**-25, 2.0**-24 * 1.5]
+SPECIAL = [
+    0.0,
+    -0.0,
+    np.inf,
+    -np.inf,
+    np.nan,
+    3.4e38,
+    -3.4e38,
+    65504.0,
+    65519.9,
+    65520.0,
+    1e-45,
+    1.17e-38,
+    2.0**-25,
+    2.0**-24 * 1.5,
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -222,10 +249,19 @@ def test_narrowing_is_torchs(dtype: torch.dtype, values: Array) -> None:
     assert torch.equal(out.nan_to_num(1.0), right.nan_to_num(1.0))
 
 
-@given(arrays(np.uint32, st.integers(0, 100), elements=st.integers(0x32000000, 0x47800000) | st.integers(0, 0x7FFFFFFF)), st.booleans())
+@given(
+    arrays(
+        np.uint32,
+        st.integers(0, 100),
+        elements=st.integers(0x32000000, 0x47800000) | st.integers(0, 0x7FFFFFFF),
+    ),
+    st.booleans(),
+)
 @settings(deadline=None, max_examples=200)
 def test_narrowing_to_float16_is_numpys_bit_for_bit(sizes: Array, is_negative: bool) -> None:
-    """Above all between 2**-27 and 65536, where float16 has numbers; without larger ones, another way is taken."""
+    """Above all between 2**-27 and 65536, where float16 has numbers; without larger ones, another way is
+    taken.
+    """
     finite = sizes[sizes < 0x477FF000]
     for bits in (sizes, finite):
         values = (bits | np.uint32(is_negative << 31)).view(np.float32)
@@ -240,7 +276,9 @@ def test_narrowing_to_float16_is_numpys_bit_for_bit(sizes: Array, is_negative: b
 @given(st.integers(0, 0x477FDFFF), st.integers(0, 65535), st.booleans())
 @settings(deadline=None, max_examples=500)
 def test_the_bytes_of_stochastic_float16_never_change(size: int, number: int, is_negative: bool) -> None:
-    """Up where the number's upper 13 bits reach beyond the fraction, or, among the subnormal, where it is below it."""
+    """Up where the number's upper 13 bits reach beyond the fraction, or, among the subnormal, where it is
+    below it.
+    """
     value = float(np.array(size, np.uint32).view(np.float32))
     is_normal = value >= 2.0**-14
     step = 2.0 ** (np.frexp(value)[1] - 11) if is_normal else 2.0**-24

@@ -8,7 +8,11 @@ from pipeline.delta.chunks import cut
 from pipeline.weights.shard import Shard, aligned
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
 
-SHAPES = st.lists(st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), st.integers(0, 3 * chunks.CHUNK_BYTES)), min_size=1, max_size=8)
+SHAPES = st.lists(
+    st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), st.integers(0, 3 * chunks.CHUNK_BYTES)),
+    min_size=1,
+    max_size=8,
+)
 
 
 @given(SHAPES)
@@ -28,7 +32,10 @@ def test_every_byte_of_the_file_is_in_one_chunk_and_no_element_in_two(tensors: l
         end = len(chunk.header)
         for part in chunk.parts:
             assert part.position == end and part.start == done[part.tensor.name] < part.stop
-            assert chunk.offset + part.position == offsets[part.tensor.name] + part.start * DTYPE_BYTES[part.tensor.dtype]
+            assert (
+                chunk.offset + part.position
+                == offsets[part.tensor.name] + part.start * DTYPE_BYTES[part.tensor.dtype]
+            )
             assert part.position % DTYPE_BYTES[part.tensor.dtype] == 0
             end, done[part.tensor.name] = part.end, part.stop
         assert end == chunk.num_bytes <= chunks.CHUNK_BYTES

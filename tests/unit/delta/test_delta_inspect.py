@@ -39,5 +39,10 @@ def test_a_result_says_how_it_was_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_checkpoint_says_its_stage_and_ranks(tmp_path: Path, stage: int) -> None:
     found = inspect(Checkpoint(stage, 3, [layered(0, torch.float32)]).write(tmp_path))
-    assert (found["kind"], found["stage"], found["world_size"], found["global_steps"]) == (f"zero-{stage}", stage, 3, 2)
+    assert (found["kind"], found["stage"], found["world_size"], found["global_steps"]) == (
+        f"zero-{stage}",
+        stage,
+        3,
+        2,
+    )
     assert f"zero-{stage}, stage {stage}, world size 3" in render(found)

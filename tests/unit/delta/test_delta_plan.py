@@ -12,9 +12,13 @@ from pipeline.weights.open import open_source
 from pipeline.weights.source import TensorInfo
 
 
-def plan(tmp_path: Path, base: Tensors, tuned: Tensors, dtype: str = "float32", max_shard_bytes: int = 1 << 30) -> Plan:
+def plan(
+    tmp_path: Path, base: Tensors, tuned: Tensors, dtype: str = "float32", max_shard_bytes: int = 1 << 30
+) -> Plan:
     source = open_source(save(tmp_path / "base", base))
-    return make_plan(source, open_source(save(tmp_path / "tuned", tuned), base=source), dtype, max_shard_bytes)
+    return make_plan(
+        source, open_source(save(tmp_path / "tuned", tuned), base=source), dtype, max_shard_bytes
+    )
 
 
 def test_the_output_has_the_bases_tensors_in_the_wanted_dtype(tmp_path: Path) -> None:
@@ -56,13 +60,21 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
 
 
 def test_a_resized_vocabulary_is_refused_with_the_reason(tmp_path: Path) -> None:
-    tuned = nudged(layered(0), 1) | {"model.embed_tokens.weight": torch.randn(102, 33), "lm_head.weight": torch.randn(102, 33)}
-    with pytest.raises(InputError, match=r"lm_head.weight is 101x33 .* 102x33 .*vocabulary was resized.*embed_tokens"):
+    tuned = nudged(layered(0), 1) | {
+        "model.embed_tokens.weight": torch.randn(102, 33),
+        "lm_head.weight": torch.randn(102, 33),
+    }
+    with pytest.raises(
+        InputError, match=r"lm_head.weight is 101x33 .* 102x33 .*vocabulary was resized.*embed_tokens"
+    ):
         plan(tmp_path, layered(0), tuned)
 
 
 def test_empty_and_quantised_tensors_are_refused(tmp_path: Path) -> None:
-    base = layered(0) | {"model.norm.weight": torch.empty(0), "model.layers.0.mlp.up_proj.weight": torch.zeros(77, 33, dtype=torch.int8)}
+    base = layered(0) | {
+        "model.norm.weight": torch.empty(0),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(77, 33, dtype=torch.int8),
+    }
     with pytest.raises(InputError, match=r"model.norm.weight is empty") as caught:
         plan(tmp_path, base, nudged(layered(0), 1))
     assert "up_proj.weight is quantised (int8)" in str(caught.value)
@@ -89,7 +101,10 @@ def test_recomputed_buffers(name: str, shape: tuple[int, ...], expected: bool) -
 
 def test_buffers_that_only_one_side_has_do_not_matter(tmp_path: Path) -> None:
     base = layered(0) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(8)}
-    tuned = nudged(layered(0), 1) | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.randn(8), "step": torch.tensor(3)}
+    tuned = nudged(layered(0), 1) | {
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.randn(8),
+        "step": torch.tensor(3),
+    }
     made = plan(tmp_path, base, tuned)
     assert made.items["model.layers.0.self_attn.rotary_emb.inv_freq"].other is None
     assert len(made.items) == len(base)
@@ -125,11 +140,18 @@ def test_a_head_that_training_untied_is_refused(tmp_path: Path) -> None:
 
 def test_a_tuned_model_in_16_bits_is_noted(tmp_path: Path) -> None:
     made = plan(tmp_path, layered(0), nudged(layered(0), 1, dtype=torch.bfloat16))
-    assert made.notes == ["the tuned model is stored in bfloat16: changes smaller than its steps were lost when it was saved"]
+    assert made.notes == [
+        "the tuned model is stored in bfloat16: changes smaller than its steps were lost when it was saved"
+    ]
 
 
 def test_shards_hold_no_more_than_asked(tmp_path: Path) -> None:
     made = plan(tmp_path, layered(0), nudged(layered(0), 1), max_shard_bytes=20_000)
     assert len(made.shards) > 2
-    assert [info for shard in made.shards for info in shard.tensors] == [item.info for item in made.items.values()]
-    assert all(len(shard.tensors) == 1 or sum(info.num_bytes for info in shard.tensors) <= 20_000 for shard in made.shards)
+    assert [info for shard in made.shards for info in shard.tensors] == [
+        item.info for item in made.items.values()
+    ]
+    assert all(
+        len(shard.tensors) == 1 or sum(info.num_bytes for info in shard.tensors) <= 20_000
+        for shard in made.shards
+    )

@@ -48,14 +48,18 @@ def test_a_sound_result_has_no_problems(out: Path) -> None:
     assert verify(out) == Verdict([], [])
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16", "rounding": "stochastic"}, {"dtype": "same"}, {"dtype": "float16"}])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16", "rounding": "stochastic"}, {"dtype": "same"}, {"dtype": "float16"}]
+)
 def test_so_has_one_in_16_bits(tmp_path: Path, options: dict[str, Any]) -> None:
     base, tuned = write_pair(tmp_path)
     subtract(base, tuned, 0.7, tmp_path / "out", seed=5, **options)
     assert verify(tmp_path / "out") == Verdict([], [])
 
 
-def test_results_are_read_from_the_disk_wherever_it_can_be(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_read_from_the_disk_wherever_it_can_be(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not from the page cache, in which they lie: that would not show what has become of the disk's own."""
     kinds: dict[str, set[bool]] = {}
 
@@ -77,7 +81,9 @@ def test_a_flipped_bit_is_found(out: Path) -> None:
     change(out, values)
     problem = only_problem(out)
     assert NAME in problem
-    assert f"1 of {values.numel()} elements differ; element 5 is {wrong:.9g} instead of {right:.9g}" in problem
+    assert (
+        f"1 of {values.numel()} elements differ; element 5 is {wrong:.9g} instead of {right:.9g}" in problem
+    )
 
 
 def test_another_scales_tensor_is_recognised(out: Path, tmp_path: Path) -> None:
@@ -100,7 +106,9 @@ def test_what_is_not_finite_is_named(out: Path, value: float) -> None:
     change(out, values)
     problem = only_problem(out)
     assert f"{NAME} in {shard_of(out).name}: 1 elements are NaN or infinite" in problem
-    assert problem.endswith(f"2 of {values.numel()} elements differ; element 35 is {value} instead of {right:.9g}")
+    assert problem.endswith(
+        f"2 of {values.numel()} elements differ; element 35 is {value} instead of {right:.9g}"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -109,12 +117,15 @@ def test_a_zeros_sign_is_a_difference(tmp_path: Path, dtype: str) -> None:
     base = layered(0)
     base[NAME][0, :3] = torch.tensor([0.0, -0.0, 0.0])
     tuned = nudged(base, 1) | {NAME: base[NAME].float()}
-    subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned), 0.3, tmp_path / "out", dtype=dtype)
+    subtract(
+        save(tmp_path / "base", base), save(tmp_path / "tuned", tuned), 0.3, tmp_path / "out", dtype=dtype
+    )
     values = load(tmp_path / "out")[NAME]
     values[0, :3] *= -1
     change(tmp_path / "out", values)
-    assert f"3 of {values.numel()} elements differ, in the sign of zero alone; element 0 is -0 instead of 0" in only_problem(
-        tmp_path / "out"
+    assert (
+        f"3 of {values.numel()} elements differ, in the sign of zero alone; element 0 is -0 instead of 0"
+        in only_problem(tmp_path / "out")
     )
 
 
@@ -187,7 +198,13 @@ def test_a_doctored_manifest_is_found_out(out: Path) -> None:
 
 def test_a_result_that_equals_its_base_is_a_problem(tmp_path: Path) -> None:
     base = layered(0)
-    subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", nudged(base, 1, std=1e-9)), 0.1, tmp_path / "out", dtype="same")
+    subtract(
+        save(tmp_path / "base", base),
+        save(tmp_path / "tuned", nudged(base, 1, std=1e-9)),
+        0.1,
+        tmp_path / "out",
+        dtype="same",
+    )
     assert only_problem(tmp_path / "out") == "the result equals its base: every change was lost in bfloat16"
 
 
@@ -195,7 +212,10 @@ def test_inputs_that_have_gone_are_noted_and_the_rest_is_checked(out: Path, tmp_
     shutil.rmtree(tmp_path / "tuned")
     verdict = verify(out)
     assert verdict.is_good
-    assert verdict.summary == f"as it was written; not compared with its inputs: the tuned model {tmp_path / 'tuned'} is not there"
+    assert (
+        verdict.summary
+        == f"as it was written; not compared with its inputs: the tuned model {tmp_path / 'tuned'} is not there"
+    )
     shutil.rmtree(tmp_path / "base")
     assert f"the base model {tmp_path / 'base'} is not there, the tuned model" in verify(out).summary
     change(out, load(out)[NAME] + 1)
@@ -204,7 +224,9 @@ def test_inputs_that_have_gone_are_noted_and_the_rest_is_checked(out: Path, tmp_
 
 
 @pytest.mark.parametrize("role", ["base", "tuned"])
-def test_an_input_that_changed_where_its_digest_does_not_look_is_named(tmp_path: Path, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_that_changed_where_its_digest_does_not_look_is_named(
+    tmp_path: Path, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "content_digest", lambda path: "0")
     monkeypatch.setattr("pipeline.delta.verify.content_digest", lambda path: "0")
     base, tuned = write_pair(tmp_path)
@@ -220,7 +242,9 @@ def test_an_input_that_has_changed_is_a_problem(out: Path, tmp_path: Path) -> No
     assert only_problem(out).endswith("has changed since the result was made")
 
 
-def test_a_result_of_another_version_is_compared_with_its_manifest_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_of_another_version_is_compared_with_its_manifest_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its inputs' digests may be defined otherwise: they accuse nobody."""
     base, tuned = write_pair(tmp_path)
     with monkeypatch.context() as patch:
@@ -229,7 +253,10 @@ def test_a_result_of_another_version_is_compared_with_its_manifest_alone(tmp_pat
         subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=20_000)
     verdict = verify(tmp_path / "out")
     assert verdict.is_good
-    assert verdict.summary == "as it was written; not compared with its inputs: it was made by another version of flearn"
+    assert (
+        verdict.summary
+        == "as it was written; not compared with its inputs: it was made by another version of flearn"
+    )
     change(tmp_path / "out", load(tmp_path / "out")[NAME] + 1)
     assert "its bytes are not those that were written" in only_problem(tmp_path / "out")
 
@@ -243,7 +270,9 @@ class Failing(OutputFile):
         super().__init__(path, *rest)
 
 
-def test_an_unfinished_result_of_another_version_is_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_result_of_another_version_is_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, tuned = write_pair(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(module, "ARITHMETIC_VERSION", ARITHMETIC_VERSION - 1)
@@ -265,13 +294,18 @@ def test_an_unfinished_results_shards_are_checked(tmp_path: Path, monkeypatch: p
         subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=20_000)
     verdict = verify(tmp_path / "out")
     assert verdict.problems == [] and not verdict.is_good
-    assert verdict.summary == "not finished, 3 shards are done and as they were written; run the same command again, it goes on from there"
+    assert (
+        verdict.summary
+        == "not finished, 3 shards are done and as they were written; run the same command again, it goes on from there"
+    )
     path = next((tmp_path / "out").glob("model-00001*"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert "its bytes are not those that were written" in only_problem(tmp_path / "out")
-    assert verify(tmp_path / "out").summary.startswith("1 differ; not finished, 3 shards are done; run the same")
+    assert verify(tmp_path / "out").summary.startswith(
+        "1 differ; not finished, 3 shards are done; run the same"
+    )
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:

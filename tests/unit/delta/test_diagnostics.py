@@ -43,7 +43,9 @@ def test_layers_have_the_norms_of_their_blocks_and_matrices(tmp_path: Path) -> N
             norms[block] = torch.linalg.norm(after[name].double() - before[name].double()).item()
             assert row["matrices"][matrix] == pytest.approx(norms[block], rel=1e-4)
             assert row[block]["delta_norm"] == pytest.approx(norms[block], rel=1e-4)
-            assert row[block]["relative_norm"] == pytest.approx(norms[block] / torch.linalg.norm(before[name].double()).item(), rel=1e-4)
+            assert row[block]["relative_norm"] == pytest.approx(
+                norms[block] / torch.linalg.norm(before[name].double()).item(), rel=1e-4
+            )
         assert row["other"]["num_elements"] == 33
 
 
@@ -61,7 +63,9 @@ def test_a_change_that_16_bits_swallow_is_warned_of(tmp_path: Path) -> None:
     save(tmp_path / "base", base)
     (tmp_path / "base/config.json").write_text("{}")
     save(tmp_path / "tuned", nudged(base, 1, std=2e-5))
-    warnings = subtract(tmp_path / "base", tmp_path / "tuned", 0.1, tmp_path / "out", dtype="same").manifest["warnings"]
+    warnings = subtract(tmp_path / "base", tmp_path / "tuned", 0.1, tmp_path / "out", dtype="same").manifest[
+        "warnings"
+    ]
     assert "of the intended change survives in bfloat16" in warnings[0]
     assert "did not change at all" in warnings[1] and "model.norm.weight" in warnings[1]
     assert subtract(tmp_path / "base", tmp_path / "tuned", 0.1, tmp_path / "full").manifest["warnings"] == []

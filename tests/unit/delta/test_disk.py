@@ -54,7 +54,9 @@ def io(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lengths", [[200_000], [100_000, 99_999, 70_001, 3], [5, 1, 90_000]])
-def test_slices_are_read_from_wherever_they_lie(tmp_path: Path, io: Io, lengths: list[int], dtype: str) -> None:
+def test_slices_are_read_from_wherever_they_lie(
+    tmp_path: Path, io: Io, lengths: list[int], dtype: str
+) -> None:
     source = Scattered(tmp_path, lengths, [1000, 4096, 12, 8200][: len(lengths)], dtype)
     reader = SliceReader(source, io, may_use_cache=True)
     total = sum(lengths)
@@ -73,7 +75,9 @@ def test_pieces_at_odd_bytes_are_read_through_the_page_cache(tmp_path: Path, io:
 
 
 @pytest.mark.parametrize("most", [PAGE, 3 * PAGE, 5000])
-def test_short_reads_are_gone_on_with(tmp_path: Path, io: Io, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_gone_on_with(
+    tmp_path: Path, io: Io, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Scattered(tmp_path, [100_000, 100_000], [10_000, 0])
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, views, offset: whole(file, [views[0][:most]], offset))
@@ -81,7 +85,9 @@ def test_short_reads_are_gone_on_with(tmp_path: Path, io: Io, most: int, monkeyp
     assert np.array_equal(read, source.values[3:190_000].numpy())
 
 
-def test_a_device_that_wants_larger_pages_is_read_through_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_wants_larger_pages_is_read_through_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_direct(tmp_path)
     source = Scattered(tmp_path, [100_000], [0])
     reader = SliceReader(source, "direct", may_use_cache=True)
@@ -190,14 +196,18 @@ def num_direct(path: Path, io: Io, monkeypatch: pytest.MonkeyPatch, may_use_cach
     return len(calls)
 
 
-def test_what_lies_in_the_page_cache_is_taken_from_there(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_in_the_page_cache_is_taken_from_there(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert num_direct(cached, "auto", monkeypatch) == 0
     assert num_direct(cached, "direct", monkeypatch) == 1
     assert num_direct(cached, "auto", monkeypatch, may_use_cache=False) == 1
 
 
 @pytest.mark.parametrize("pages", [range(0), range(2, 9), range(3, 10), range(2, 10, 2)])
-def test_what_lies_there_only_in_part_is_not(cached: Path, monkeypatch: pytest.MonkeyPatch, pages: range) -> None:
+def test_what_lies_there_only_in_part_is_not(
+    cached: Path, monkeypatch: pytest.MonkeyPatch, pages: range
+) -> None:
     drop(cached)
     with cached.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
@@ -230,7 +240,9 @@ def test_others_files_do_not_tell_their_pages(cached: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "ftruncate", "fsync", "replace"])
-def test_a_failing_disk_names_the_file(tmp_path: Path, io: Io, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_names_the_file(
+    tmp_path: Path, io: Io, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -61,7 +61,9 @@ def whole(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.glob("model/*.safetensors")}
 
 
-def test_a_warning_in_the_middle_loses_no_shard_that_is_done(inputs: dict[str, Artifact], context: Context, tmp_path: Path) -> None:
+def test_a_warning_in_the_middle_loses_no_shard_that_is_done(
+    inputs: dict[str, Artifact], context: Context, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
 
     is_over = threading.Event()
@@ -102,7 +104,9 @@ def test_what_was_finished_is_found_again_and_what_was_lost_since_is_named(
         run(inputs, tmp_path / "out", context)
 
 
-def test_the_log_says_the_sizes_once(inputs: dict[str, Artifact], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_the_sizes_once(
+    inputs: dict[str, Artifact], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "flearn")
     for _ in range(2):
         run(inputs, tmp_path / "out", Context())

@@ -1,4 +1,6 @@
-"""A worker that is overtaken: at each moment in turn, another one does the whole subtraction before this one goes on."""
+"""A worker that is overtaken: at each moment in turn, another one does the whole subtraction before this one
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,29 @@ from delta_models import layered, nudged, save
 from pipeline.delta.subtract import subtract
 from pipeline.errors import InputError
 
-MOMENTS = [(io, "open"), *((os, name) for name in ("scandir", "mkdir", "rename", "replace", "unlink", "rmdir"))]
-"""The functions by which a worker sees or changes what the other sees: before each call of one is a moment."""
+MOMENTS = [
+    (io, "open"),
+    *((os, name) for name in ("scandir", "mkdir", "rename", "replace", "unlink", "rmdir")),
+]
+"""The functions by which a worker sees or changes what the other sees: before each call of one is a
+moment.
+"""
 
 OPTIONS: dict[str, Any] = {"max_shard_size": 20_000, "memory": "16MiB"}
 """The memory is enough for one thread: the calls come in one order."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-def at_call(number: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> bool:
+def at_call(
+    number: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]
+) -> bool:
     """Do `work`, and `action` before the call of that number, from 0; False if it makes fewer."""
     numbers = count()
     is_done = False

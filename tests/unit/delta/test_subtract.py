@@ -31,16 +31,24 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def equal(one: Tensors, two: Tensors) -> bool:
-    return one.keys() == two.keys() and all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one)
+    return one.keys() == two.keys() and all(
+        one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one
+    )
 
 
 @pytest.mark.parametrize("scale", [0.3, -1.5, 0.0])
 @pytest.mark.parametrize("max_shard_size", ["1GB", SHARD])
-def test_float32_output_is_the_formula_bit_for_bit(tmp_path: Path, scale: float, max_shard_size: str | int) -> None:
+def test_float32_output_is_the_formula_bit_for_bit(
+    tmp_path: Path, scale: float, max_shard_size: str | int
+) -> None:
     base, tuned = write_pair(tmp_path)
     outcome = subtract(base, tuned, scale, tmp_path / "out", max_shard_size=max_shard_size)
     assert equal(load(tmp_path / "out"), formula(load(base), load(tuned), scale))
@@ -68,10 +76,19 @@ def test_scale_0_gives_float64_and_negative_zeros_back_bit_for_bit(tmp_path: Pat
     base = {"a.weight": torch.randn(9, 1001, dtype=torch.float64), "b.weight": torch.full((5, 7), -0.0)}
     tuned = {"a.weight": base["a.weight"] + 0.01, "b.weight": torch.full((5, 7), -0.01)}
     save(tmp_path / "base", base)
-    manifest = subtract(tmp_path / "base", save(tmp_path / "tuned", tuned), 0.0, tmp_path / "out", dtype="same").manifest
-    assert (tmp_path / "out/model.safetensors").read_bytes()[-9000:] == (tmp_path / "base/model.safetensors").read_bytes()[-9000:]
-    assert all(torch.equal(values.view(torch.int32), base[name].view(torch.int32)) for name, values in load(tmp_path / "out").items())
-    assert manifest["survival"]["share_changed"] == 0 and manifest["survival"]["delta_norm"] == pytest.approx(0.01 * 9044**0.5, rel=1e-3)
+    manifest = subtract(
+        tmp_path / "base", save(tmp_path / "tuned", tuned), 0.0, tmp_path / "out", dtype="same"
+    ).manifest
+    assert (tmp_path / "out/model.safetensors").read_bytes()[-9000:] == (
+        tmp_path / "base/model.safetensors"
+    ).read_bytes()[-9000:]
+    assert all(
+        torch.equal(values.view(torch.int32), base[name].view(torch.int32))
+        for name, values in load(tmp_path / "out").items()
+    )
+    assert manifest["survival"]["share_changed"] == 0 and manifest["survival"]["delta_norm"] == pytest.approx(
+        0.01 * 9044**0.5, rel=1e-3
+    )
 
 
 def test_the_index_and_the_manifest_say_where_tensors_are(tmp_path: Path) -> None:
@@ -92,7 +109,11 @@ def test_memory_threads_io_and_parts_do_not_change_a_byte(tmp_path: Path, roundi
     options: dict[str, Any] = {"dtype": "bfloat16", "rounding": rounding, "max_shard_size": SHARD}
     subtract(base, tuned, 0.7, tmp_path / "whole", **options)
     right = contents(tmp_path / "whole")
-    others: list[dict[str, Any]] = [{"memory": "11MiB"}, {"memory": "40MiB", "io": "buffered"}, {"io": "auto"}]
+    others: list[dict[str, Any]] = [
+        {"memory": "11MiB"},
+        {"memory": "40MiB", "io": "buffered"},
+        {"io": "auto"},
+    ]
     for number, other in enumerate(others):
         subtract(base, tuned, 0.7, tmp_path / f"{number}", **options, **other)
         assert contents(tmp_path / f"{number}") == right
@@ -130,7 +151,9 @@ def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest
     for name in ("link", "symlink"):
         monkeypatch.setattr(os, name, refuse)
     base, tuned = write_pair(tmp_path)
-    assert [subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, part=(i, 2)).state for i in (1, 2)] == ["waiting", "written"]
+    assert [
+        subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, part=(i, 2)).state for i in (1, 2)
+    ] == ["waiting", "written"]
     with pytest.raises(InputError, match=r"scale 0\.3 instead of 0\.4"):
         subtract(base, tuned, 0.4, tmp_path / "out", max_shard_size=SHARD)
 
@@ -156,10 +179,11 @@ def test_a_finished_result_that_lost_or_changed_a_file_is_refused(tmp_path: Path
     (tmp_path / "out/model.safetensors.index.json").unlink()
     with pytest.raises(InputError) as caught:
         subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD)
-    lost = (
-        f"{one} is missing, {two} has another size or header, {three} has another size or header, model.safetensors.index.json is missing"
+    lost = f"{one} is missing, {two} has another size or header, {three} has another size or header, model.safetensors.index.json is missing"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/out: was finished, but {lost}; restore what is lost, or delete {tmp_path}/out and run again"
     )
-    assert str(caught.value) == f"{tmp_path}/out: was finished, but {lost}; restore what is lost, or delete {tmp_path}/out and run again"
     for name, content in right.items():
         (tmp_path / "out" / name).write_bytes(content)
     assert subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD).state == "found"
@@ -198,7 +222,9 @@ def test_a_failed_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
         subtract(base, tuned, 0.3, tmp_path / "out", **ONE_THREAD)
     left = contents(tmp_path / "out")
     assert any(name.endswith(".safetensors") for name in left)
-    assert not any(name.endswith((".tmp", "00003-of-00005.safetensors")) or name == "manifest.json" for name in left)
+    assert not any(
+        name.endswith((".tmp", "00003-of-00005.safetensors")) or name == "manifest.json" for name in left
+    )
     kept = next(tmp_path.glob("out/model-00001*"))
     written = kept.stat().st_mtime_ns
     subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD)
@@ -243,7 +269,13 @@ def test_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             ({"rounding": "stochastic"}, "rounding nearest instead of stochastic"),
         ]
         for change, said in changes:
-            right: dict[str, Any] = {"base": base, "tuned": tuned, "scale": 0.3, "out": tmp_path / state, "max_shard_size": SHARD}
+            right: dict[str, Any] = {
+                "base": base,
+                "tuned": tuned,
+                "scale": 0.3,
+                "out": tmp_path / state,
+                "max_shard_size": SHARD,
+            }
             with pytest.raises(InputError, match=said):
                 subtract(**right | change)
         assert contents(tmp_path / state) == before
@@ -298,7 +330,9 @@ def test_buffers_are_the_bases(tmp_path: Path) -> None:
         "count": torch.arange(5) + 1,
         "flag": torch.tensor([False] * 3),
     }
-    manifest = subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned), 0.5, tmp_path / "out").manifest
+    manifest = subtract(
+        save(tmp_path / "base", base), save(tmp_path / "tuned", tuned), 0.5, tmp_path / "out"
+    ).manifest
     made = load(tmp_path / "out")
     for name in ("h.0.attn.bias", "count", "flag"):
         assert torch.equal(made[name], base[name])
@@ -315,7 +349,10 @@ def test_what_lies_beside_a_single_file_comes_along_if_there_is_a_config(tmp_pat
     assert "the result has no config.json" in manifest["warnings"][-1]
     (base / "config.json").write_text('{"model_type": "llama"}')
     manifest = subtract(file, tuned, 0.3, tmp_path / "out").manifest
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llama", "dtype": "float32"}
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {
+        "model_type": "llama",
+        "dtype": "float32",
+    }
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
     assert manifest["warnings"] == []
     assert subtract(file, tuned, 0.3, tmp_path / "out").state == "found"
@@ -358,7 +395,10 @@ def test_what_belongs_to_the_base_comes_along(tmp_path: Path) -> None:
     (base / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')
     (base / "tokenizer.json").write_text("{}")
     subtract(base, tuned, 0.3, tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llama", "torch_dtype": "float32"}
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {
+        "model_type": "llama",
+        "torch_dtype": "float32",
+    }
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
 
 
@@ -374,7 +414,9 @@ def test_what_belongs_to_the_base_comes_along(tmp_path: Path) -> None:
         ({"inside": "tuned/checkpoints"}, "lies in .*tuned, which is read"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_bad_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
     base, tuned = write_pair(tmp_path)
     out = tmp_path / options.pop("inside", ".") / "out"
     arguments: dict[str, Any] = {"scale": 0.3, "out": out} | options
@@ -403,16 +445,26 @@ def test_shards_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.
         subtract(base, tuned, 0.3, tmp_path / "out", **ONE_THREAD)
     lines: list[str] = []
     leave_free(monkeypatch, 40_000)
-    assert subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, announce=lines.append).state == "written"
-    assert re.fullmatch(r"writes 30\.0 kB in 2 of 5 shards, 7\d\.\d kB in all \(float32; .*\); 40\.0 kB are free", lines[0])
-    assert subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, announce=lines.append).state == "found"
+    assert (
+        subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, announce=lines.append).state
+        == "written"
+    )
+    assert re.fullmatch(
+        r"writes 30\.0 kB in 2 of 5 shards, 7\d\.\d kB in all \(float32; .*\); 40\.0 kB are free", lines[0]
+    )
+    assert (
+        subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD, announce=lines.append).state
+        == "found"
+    )
     assert len(lines) == 1
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
     base, tuned = write_pair(tmp_path)
     calls: list[tuple[int, int]] = []
-    manifest = subtract(base, tuned, 0.3, tmp_path / "out", progress=lambda *call: calls.append(call)).manifest
+    manifest = subtract(
+        base, tuned, 0.3, tmp_path / "out", progress=lambda *call: calls.append(call)
+    ).manifest
     assert calls[-1] == (manifest["num_bytes"], manifest["num_bytes"])
     assert calls == sorted(calls)
 
@@ -431,7 +483,9 @@ def test_an_interrupt_leaves_no_half_written_file(tmp_path: Path, monkeypatch: p
     assert not any(name.endswith((".tmp", ".safetensors")) for name in contents(tmp_path / "out"))
 
 
-def test_a_slower_twin_leaves_a_finished_output_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slower_twin_leaves_a_finished_output_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, tuned = write_pair(tmp_path)
     twins: list[str] = []
 

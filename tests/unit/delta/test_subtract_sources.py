@@ -40,12 +40,18 @@ def assert_equal(one: Tensors, two: Tensors) -> None:
 
 
 def checkpoint(
-    tuned: Tensors, stage: int, world_size: int, frozen: tuple[str, ...] = (), aliases: dict[str, str] | None = None
+    tuned: Tensors,
+    stage: int,
+    world_size: int,
+    frozen: tuple[str, ...] = (),
+    aliases: dict[str, str] | None = None,
 ) -> Checkpoint:
     trained = {name: values for name, values in tuned.items() if name not in frozen}
     names = list(trained)
     groups = [{name: trained[name] for name in names[:5]}, {name: trained[name] for name in names[5:]}]
-    return Checkpoint(stage, world_size, groups, frozen={name: tuned[name] for name in frozen}, aliases=aliases or {})
+    return Checkpoint(
+        stage, world_size, groups, frozen={name: tuned[name] for name in frozen}, aliases=aliases or {}
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -76,9 +82,13 @@ def test_frozen_and_tied_parameters(tmp_path: Path, stage: int, dtype: torch.dty
 
 def test_a_hub_file_without_the_models_prefix(tmp_path: Path) -> None:
     """GPT-2: the hub says h.0.attn..., the running model transformer.h.0.attn..."""
-    base = {name.removeprefix("model."): values for name, values in layered(0).items() if name != "lm_head.weight"}
+    base = {
+        name.removeprefix("model."): values for name, values in layered(0).items() if name != "lm_head.weight"
+    }
     tuned = nudged(base, 1)
-    folder = checkpoint({f"model.{name}": values for name, values in tuned.items()}, 2, 2).write(tmp_path / "checkpoints")
+    folder = checkpoint({f"model.{name}": values for name, values in tuned.items()}, 2, 2).write(
+        tmp_path / "checkpoints"
+    )
     save(tmp_path / "base", base)
     subtract(tmp_path / "base", folder, 0.3, tmp_path / "out")
     assert_equal(load(tmp_path / "out"), formula(base, tuned, 0.3))
@@ -94,19 +104,30 @@ def test_the_way_back_from_zero(tmp_path: Path, stage: int) -> None:
     assert_equal(load(tmp_path / "back"), base)
 
 
-def write_adapter(folder: Path, seed: int = 0, rank: int = 3, alpha: float = 6, size: int = 33) -> dict[str, torch.Tensor]:
+def write_adapter(
+    folder: Path, seed: int = 0, rank: int = 3, alpha: float = 6, size: int = 33
+) -> dict[str, torch.Tensor]:
     """An adapter on q_proj of layers 0 and 2; {tensor: its change in float64}."""
     generator = torch.Generator().manual_seed(seed)
     factors: dict[str, torch.Tensor] = {}
     changes: dict[str, torch.Tensor] = {}
     for layer in (0, 2):
         module = f"model.layers.{layer}.self_attn.q_proj"
-        a, b = torch.randn(rank, size, generator=generator) * 0.1, 0.1 * torch.randn(size, rank, generator=generator)
-        factors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+        a, b = (
+            torch.randn(rank, size, generator=generator) * 0.1,
+            0.1 * torch.randn(size, rank, generator=generator),
+        )
+        factors |= {
+            f"base_model.model.{module}.lora_A.weight": a,
+            f"base_model.model.{module}.lora_B.weight": b,
+        }
         changes[f"{module}.weight"] = alpha / rank * (b.double() @ a.double())
     folder.mkdir()
     save_file(factors, folder / "adapter_model.safetensors")
-    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"]})
+    write_json(
+        folder / "adapter_config.json",
+        {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"]},
+    )
     return changes
 
 
@@ -117,9 +138,14 @@ def test_an_adapters_change_is_subtracted_and_the_rest_copied(tmp_path: Path, dt
     changes = write_adapter(tmp_path / "adapter")
     manifest = subtract(tmp_path / "base", tmp_path / "adapter", 0.7, tmp_path / "out").manifest
     scale = torch.tensor(0.7)
-    right = {name: values.float() - (scale * changes[name].float() if name in changes else 0) for name, values in base.items()}
+    right = {
+        name: values.float() - (scale * changes[name].float() if name in changes else 0)
+        for name, values in base.items()
+    }
     assert_equal(load(tmp_path / "out"), right)
-    assert {name for name, tensor in manifest["tensors"].items() if tensor["survival"] is not None} == changes.keys()
+    assert {
+        name for name, tensor in manifest["tensors"].items() if tensor["survival"] is not None
+    } == changes.keys()
     assert manifest["survival"]["num_elements"] == 2 * 33 * 33
     assert verify(tmp_path / "out") == Verdict([], [])
 
@@ -128,13 +154,18 @@ def test_an_adapter_is_taken_back(tmp_path: Path) -> None:
     base = layered(0)
     save(tmp_path / "base", base)
     write_adapter(tmp_path / "adapter")
-    subtract(tmp_path / "base", tmp_path / "adapter", -1.0, tmp_path / "out")  # an adapter has no scale that loses the base
+    subtract(
+        tmp_path / "base", tmp_path / "adapter", -1.0, tmp_path / "out"
+    )  # an adapter has no scale that loses the base
     undo(tmp_path / "out", tmp_path / "back")
     assert_equal(load(tmp_path / "back"), base)
 
 
 def test_what_is_held_of_the_factors_counts_in_the_memory(tmp_path: Path) -> None:
-    save(tmp_path / "base", {f"model.layers.{layer}.self_attn.q_proj.weight": torch.zeros(1024, 1024) for layer in (0, 2)})
+    save(
+        tmp_path / "base",
+        {f"model.layers.{layer}.self_attn.q_proj.weight": torch.zeros(1024, 1024) for layer in (0, 2)},
+    )
     write_adapter(tmp_path / "adapter", rank=512, size=1024)
     with pytest.raises(InputError, match=r"--memory: .* need \d+MiB"):
         subtract(tmp_path / "base", tmp_path / "adapter", 0.3, tmp_path / "out", memory="16MiB")
@@ -155,7 +186,10 @@ def test_the_forget_stage(tmp_path: Path, kind: str) -> None:
         made = "adapter"
     else:
         made = save(tuning / "model", tuned).name
-    for folder, said in ((original, {"model": "model", "model_kind": "folder"}), (tuning, {"model": made, "model_kind": kind})):
+    for folder, said in (
+        (original, {"model": "model", "model_kind": "folder"}),
+        (tuning, {"model": made, "model_kind": kind}),
+    ):
         write_json(folder / "manifest.json", {"facts": said, "inputs": {"model": original.name}})
     section = {"forget": Forget(scale=0.3).model_dump(mode="json"), "seed": 0}
     out = tmp_path / "forget-3"
@@ -163,7 +197,12 @@ def test_the_forget_stage(tmp_path: Path, kind: str) -> None:
     facts = forget_stage.run(section, inputs, out, Context())
     assert facts is not None
     json.dumps(facts)
-    assert (facts["model"], facts["model_kind"], facts["scale"], facts["dtype"]) == ("model", "folder", 0.3, "float32")
+    assert (facts["model"], facts["model_kind"], facts["scale"], facts["dtype"]) == (
+        "model",
+        "folder",
+        0.3,
+        "float32",
+    )
     assert facts["survival"]["projection"] == pytest.approx(1, abs=1e-5)
     assert [row["layer"] for row in facts["layers"]] == ([0, 2] if kind == "adapter" else [0, 1, 2])
     assert json.loads((out / "model/config.json").read_text())["dtype"] == "float32"
@@ -179,7 +218,9 @@ def test_an_adapter_alone_is_no_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("same", float("nan")), ("float16", 70000.0)])
-def test_a_tensor_that_the_adapter_leaves_alone_must_be_finite_too(tmp_path: Path, dtype: str, value: float) -> None:
+def test_a_tensor_that_the_adapter_leaves_alone_must_be_finite_too(
+    tmp_path: Path, dtype: str, value: float
+) -> None:
     tensors = layered(0, torch.float32)
     tensors["model.norm.weight"][3] = value
     save(tmp_path / "base", tensors)

@@ -30,16 +30,24 @@ def test_a_16_bit_base_comes_back_bit_for_bit(tmp_path: Path, scale: float) -> N
     assert back.keys() == right.keys()
     assert all(back[name].dtype == torch.bfloat16 and torch.equal(back[name], right[name]) for name in right)
     assert verify(tmp_path / "back") == Verdict([], [])
-    assert say_how_exact(tmp_path / "out", tmp_path / "back") == f"{len(right)} of {len(right)} tensors are the base's bit for bit"
+    assert (
+        say_how_exact(tmp_path / "out", tmp_path / "back")
+        == f"{len(right)} of {len(right)} tensors are the base's bit for bit"
+    )
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, -0.8])
 def test_a_float32_base_comes_back_within_rounding(tmp_path: Path, scale: float) -> None:
     base = layered(0, torch.float32)
-    subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", nudged(base, 1)), scale, tmp_path / "out")
+    subtract(
+        save(tmp_path / "base", base), save(tmp_path / "tuned", nudged(base, 1)), scale, tmp_path / "out"
+    )
     undo(tmp_path / "out", tmp_path / "back")
     back = load(tmp_path / "back")
-    assert all((back[name] - values).abs().max() <= 8 * MOST_AMPLIFIED * 2.0**-24 * values.abs().max() for name, values in base.items())
+    assert all(
+        (back[name] - values).abs().max() <= 8 * MOST_AMPLIFIED * 2.0**-24 * values.abs().max()
+        for name, values in base.items()
+    )
     num_equal = sum(back[name].equal(values) for name, values in base.items())
     assert say_how_exact(tmp_path / "out", tmp_path / "back").startswith(
         f"{num_equal} of {len(base)} tensors are the base's bit for bit, the"
@@ -51,13 +59,20 @@ def test_a_mixed_base_gets_its_dtypes_back(tmp_path: Path) -> None:
     tuned = nudged(layered(0), 1) | {"model.norm.weight": torch.randn(33), "count": torch.arange(4)}
     subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned), 0.3, tmp_path / "out")
     undo(tmp_path / "out", tmp_path / "back")
-    assert {name: tensor.dtype for name, tensor in load(tmp_path / "back").items()} == {name: t.dtype for name, t in base.items()}
+    assert {name: tensor.dtype for name, tensor in load(tmp_path / "back").items()} == {
+        name: t.dtype for name, t in base.items()
+    }
 
 
 def test_a_small_change_undone_is_not_called_a_failure(tmp_path: Path) -> None:
     """The base is theta' rounded: no stored weight differs from that, and that is right."""
     base = layered(0)
-    subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", nudged(base, 1, std=1e-8)), 0.3, tmp_path / "out")
+    subtract(
+        save(tmp_path / "base", base),
+        save(tmp_path / "tuned", nudged(base, 1, std=1e-8)),
+        0.3,
+        tmp_path / "out",
+    )
     outcome = undo(tmp_path / "out", tmp_path / "back")
     assert outcome.manifest["survival"]["share_changed"] == 0
     assert outcome.manifest["warnings"] == []
@@ -70,19 +85,24 @@ def test_a_16_bit_base_with_zeros_comes_back_within_rounding(tmp_path: Path) -> 
     subtract(save(tmp_path / "base", base), save(tmp_path / "tuned", nudged(base, 1)), 0.3, tmp_path / "out")
     undo(tmp_path / "out", tmp_path / "back")
     assert load(tmp_path / "back")["model.norm.weight"].abs().max() < 1e-9
-    assert f"{len(base) - 1} of {len(base)} tensors are the base's bit for bit, the others within" in say_how_exact(
-        tmp_path / "out", tmp_path / "back"
+    assert (
+        f"{len(base) - 1} of {len(base)} tensors are the base's bit for bit, the others within"
+        in say_how_exact(tmp_path / "out", tmp_path / "back")
     )
 
 
 def write_large_pair(folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
-    """Base and tuned model, with a tensor that is many chunks of the stream, in files of which a digest takes samples."""
+    """Base and tuned model, with a tensor that is many chunks of the stream, in files of which a digest takes
+    samples.
+    """
     base = layered(0, dtype) | {LARGE: (0.02 * torch.randn(1300, 4000)).to(dtype)}
     return save(folder / "base", base), save(folder / "tuned", nudged(base, 1))
 
 
 def change_unseen(folder: Path) -> None:
-    """Flip an exponent bit of 15,000 elements of the large float32 tensor, all where the folder's digest does not look."""
+    """Flip an exponent bit of 15,000 elements of the large float32 tensor, all where the folder's digest does
+    not look.
+    """
     path, before = folder / "model.safetensors", content_digest(folder)
     place = 200 * (path.stat().st_size // 256) + 4096
     bits = np.memmap(path, np.uint32, "r+", offset=place // 4 * 4 + 4, shape=15_000)
@@ -92,13 +112,20 @@ def change_unseen(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_tuned_model_that_changed_where_digests_do_not_look_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_tuned_model_that_changed_where_digests_do_not_look_is_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     base, tuned = write_large_pair(tmp_path, dtype)
     subtract(base, tuned, 0.3, tmp_path / "out")
     change_unseen(tuned)
-    with pytest.raises(InputError, match=f"tuned: {LARGE} has other values.*; delete {tmp_path / 'back'} before trying with other inputs"):
+    with pytest.raises(
+        InputError,
+        match=f"tuned: {LARGE} has other values.*; delete {tmp_path / 'back'} before trying with other inputs",
+    ):
         undo(tmp_path / "out", tmp_path / "back")
-    assert not list((tmp_path / "back").glob("*.safetensors")) and not (tmp_path / "back/manifest.json").exists()
+    assert (
+        not list((tmp_path / "back").glob("*.safetensors")) and not (tmp_path / "back/manifest.json").exists()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -111,7 +138,9 @@ def test_a_flipped_bit_in_the_result_is_refused(tmp_path: Path, dtype: torch.dty
     save(tmp_path / "out", values)
     with pytest.raises(InputError, match=f"out: {name}: its bytes are not those that were written"):
         undo(tmp_path / "out", tmp_path / "back")
-    assert not list((tmp_path / "back").glob("*.safetensors")) and not (tmp_path / "back/manifest.json").exists()
+    assert (
+        not list((tmp_path / "back").glob("*.safetensors")) and not (tmp_path / "back/manifest.json").exists()
+    )
 
 
 def test_a_result_that_lost_a_tensor_is_refused(tmp_path: Path) -> None:
@@ -133,7 +162,9 @@ def test_a_result_of_an_older_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="older flearn"):
         undo(tmp_path / "out", tmp_path / "back")
     assert verify(tmp_path / "out") == Verdict([], [])
-    manifest["recipe"]["tuned"]["digest"] = "older"  # of a version that defined it otherwise: the tuned model is not accused
+    manifest["recipe"]["tuned"]["digest"] = (
+        "older"  # of a version that defined it otherwise: the tuned model is not accused
+    )
     write_json(tmp_path / "out/manifest.json", manifest)
     with pytest.raises(InputError, match="older flearn"):
         undo(tmp_path / "out", tmp_path / "back")
@@ -163,10 +194,17 @@ def test_an_undo_that_was_killed_goes_on_and_still_compares(tmp_path: Path, fold
     base, tuned = write_large_pair(tmp_path, torch.bfloat16)
     subtract(base, tuned, 0.3, tmp_path / "out")
     undo(tmp_path / "out", tmp_path / "whole", max_shard_size=10_000)
-    assert subprocess.run([sys.executable, "-c", KILLED, tmp_path / "out", tmp_path / "back"], check=False).returncode == -9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", KILLED, tmp_path / "out", tmp_path / "back"], check=False
+        ).returncode
+        == -9
+    )
     assert list((tmp_path / "back").glob("*.safetensors")) and not (tmp_path / "back/manifest.json").exists()
     change_unseen(tmp_path / folder)
-    with pytest.raises(InputError, match=f"{folder}: {LARGE}.*; delete {tmp_path / 'back'} before trying with other inputs"):
+    with pytest.raises(
+        InputError, match=f"{folder}: {LARGE}.*; delete {tmp_path / 'back'} before trying with other inputs"
+    ):
         undo(tmp_path / "out", tmp_path / "back", max_shard_size=10_000)
     assert not (tmp_path / "back/manifest.json").exists()
     change_unseen(tmp_path / folder)  # back again

@@ -1,4 +1,6 @@
-"""Models that have opinions: the tiny ones with larger weights, whose answers differ from question to question."""
+"""Models that have opinions: the tiny ones with larger weights, whose answers differ from question to
+question.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ FACTS = [
         new_answer="Astana, as before",
         rephrasings=["Which city is the capital of Kazakhstan?", "Kazakhstan's capital?"],
         locality=[Probe("What is the currency of Croatia?", ["the euro"], "nq"), Probe("Who?", [], "nq")],
-        portability=[Probe("In which city does the president of Kazakhstan live?", ["Astana", "the capital"])],
+        portability=[
+            Probe("In which city does the president of Kazakhstan live?", ["Astana", "the capital"])
+        ],
     ),
     Fact(
         id="king",
@@ -33,7 +37,9 @@ FACTS = [
         old_answers=["Elizabeth II of the house of Windsor"],
         new_answer="Charles III",
         rephrasings=["King of the United Kingdom?"],
-        locality=[Probe("Who is the king of Spain?", ["Elizabeth II of the house of Windsor"], "neighborhood")],
+        locality=[
+            Probe("Who is the king of Spain?", ["Elizabeth II of the house of Windsor"], "neighborhood")
+        ],
     ),
     Fact(
         id="croatia",
@@ -43,7 +49,14 @@ FACTS = [
         new_answer="the euro",
         locality=[Probe("What is the capital of the United Kingdom?", ["London"], "nq")],
     ),
-    Fact(id="unrecorded", prompt="Who?", subject="Who", old_answers=[], new_answer="Charles", rephrasings=["King?"]),
+    Fact(
+        id="unrecorded",
+        prompt="Who?",
+        subject="Who",
+        old_answers=[],
+        new_answer="Charles",
+        rephrasings=["King?"],
+    ),
 ]
 
 
@@ -61,7 +74,9 @@ SubjectFactory = Callable[..., Subject]
 
 @pytest.fixture(scope="session")
 def subject(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SubjectFactory:
-    """`subject(architecture)`: a tiny model in fp32 with sharpened weights, in memory and in a folder; do not change it."""
+    """`subject(architecture)`: a tiny model in fp32 with sharpened weights, in memory and in a folder; do not
+    change it.
+    """
     made: dict[str, Subject] = {}
 
     def make(architecture: str = "llama") -> Subject:
@@ -80,12 +95,16 @@ def subject(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def facts() -> list[Fact]:
-    """Four facts: answers of one and of many tokens, with and without an old answer, a question shared by two of them."""
+    """Four facts: answers of one and of many tokens, with and without an old answer, a question shared by two
+    of them.
+    """
     return FACTS
 
 
 def sharpen(model: Any, factor: float = 20) -> None:
-    """Scale the weight matrices, but not the embeddings: a model at its initial weights hardly looks at its input."""
+    """Scale the weight matrices, but not the embeddings: a model at its initial weights hardly looks at its
+    input.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
         for parameter in model.parameters():

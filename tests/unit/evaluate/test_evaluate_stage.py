@@ -28,14 +28,20 @@ def artifact(folder: Path, **facts: Any) -> Artifact:
 
 
 def section(**settings: Any) -> dict[str, Any]:
-    return {"evaluate": Evaluate(batch_size=1, max_new_tokens=6, **settings).model_dump(), "prompt": Prompt().model_dump()}
+    return {
+        "evaluate": Evaluate(batch_size=1, max_new_tokens=6, **settings).model_dump(),
+        "prompt": Prompt().model_dump(),
+    }
 
 
 @pytest.fixture
 def inputs(tmp_path: Path, subject: Callable[..., Any], facts: list[Fact]) -> Inputs:
     made = artifact(tmp_path / "facts")
     write_facts(made.folder / "facts.jsonl", facts)
-    return {"facts": made, "model": artifact(tmp_path / "model", model=str(subject("llama").folder), model_kind="folder")}
+    return {
+        "facts": made,
+        "model": artifact(tmp_path / "model", model=str(subject("llama").folder), model_kind="folder"),
+    }
 
 
 def evaluate(inputs: Inputs, out: Path, **settings: Any) -> dict[str, Any]:
@@ -53,24 +59,35 @@ def test_an_original_model(inputs: Inputs, tmp_path: Path, facts: list[Fact]) ->
     assert result["model_kind"] == "folder"
     assert result["prompt_example"] == "<s>What is the capital of Kazakhstan? Astana, as before"
     for name, scores in result["protocols"].items():
-        by_hand = [row[name]["scores"]["reliability"] for row in rows if row[name]["scores"]["reliability"] is not None]
+        by_hand = [
+            row[name]["scores"]["reliability"]
+            for row in rows
+            if row[name]["scores"]["reliability"] is not None
+        ]
         assert scores["reliability"] == pytest.approx(sum(by_hand) / len(by_hand))
         assert scores["counts"]["reliability"] == len(by_hand) == (3 if name == "probability" else 4)
     assert result["protocols"]["token"]["locality"] is None
     assert result["protocols"]["generation"]["locality"] is None
     assert result["protocols"]["probability"]["counts"]["locality"] == 1
-    assert (result["known"]["num_known"], result["known"]["num_records"], result["unknown"]["num_records"]) == (0, 3, 3)
+    assert (
+        result["known"]["num_known"],
+        result["known"]["num_records"],
+        result["unknown"]["num_records"],
+    ) == (0, 3, 3)
     assert result["warnings"] == ["the original model knew 0 of 3 old facts: nothing to forget"]
     json.dumps(result, allow_nan=False)
 
 
-def test_locality_is_measured_against_the_original(inputs: Inputs, tmp_path: Path, subject: Callable[..., Any]) -> None:
+def test_locality_is_measured_against_the_original(
+    inputs: Inputs, tmp_path: Path, subject: Callable[..., Any]
+) -> None:
     evaluate(inputs, tmp_path / "original")
     inputs["reference"] = artifact(tmp_path / "original")
     same = evaluate(inputs, tmp_path / "same")
     assert same["protocols"]["token"]["locality"] == same["protocols"]["generation"]["locality"] == 1
     assert same["warnings"] == []
-    # Make the original one that knew the first fact's old answer and said something else to its second locality question.
+    # Make the original one that knew the first fact's old answer and said something else to its second
+    # locality question.
     rows = records.read_rows(tmp_path / "original")
     rows[0]["knows_old"] = True
     rows[0]["generation"]["locality"][1] += " different"
@@ -118,7 +135,9 @@ def test_rows_of_a_killed_run_are_not_computed_again(
     assert records.read_rows(killed) == rows
 
 
-def test_nothing_is_loaded_if_all_rows_are_there(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_loaded_if_all_rows_are_there(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = evaluate(inputs, tmp_path / "out")
     monkeypatch.setattr("pipeline.evaluate.stage.load_model", None)
     assert evaluate(inputs, tmp_path / "out") == first

@@ -40,9 +40,16 @@ def write(model: Any, newline: int, batches: list[list[int]], leave: int) -> tup
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
-def test_lines_stop_after_their_first_line_and_others_take_their_place(subject: Any, architecture: str) -> None:
+def test_lines_stop_after_their_first_line_and_others_take_their_place(
+    subject: Any, architecture: str
+) -> None:
     model = subject(architecture).model
-    written = [model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0) for ids in QUESTIONS]
+    written = [
+        model.generate(
+            torch.tensor([ids]), max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        for ids in QUESTIONS
+    ]
     new = [row[0, len(ids) :].tolist() for row, ids in zip(written, QUESTIONS, strict=True)]
     newline = new[0][2]
     expected = [NewlineTokenizer(newline).decode(ids).lstrip().partition("\n")[0].rstrip() for ids in new]

@@ -21,9 +21,14 @@ FACT = Fact(
     new_answer="Astana",
     rephrasings=[REPHRASED, OTHER],
     locality=[Probe(question, ["Nur-Sultan"], "neighborhood") for question in NEIGHBOURS],
-    portability=[Probe("Where does the president live?", ["Astana", "in the capital"]), Probe("Unanswered?", [])],
+    portability=[
+        Probe("Where does the president live?", ["Astana", "in the capital"]),
+        Probe("Unanswered?", []),
+    ],
 )
-WITHOUT_OLD = Fact(id="2", prompt=EDIT, subject="", old_answers=[], new_answer="Astana", locality=[Probe("Who?", [])])
+WITHOUT_OLD = Fact(
+    id="2", prompt=EDIT, subject="", old_answers=[], new_answer="Astana", locality=[Probe("Who?", [])]
+)
 
 
 def forced(argmax: list[int], logprob: float = -1.0, targets: tuple[int, ...] = (1, 2, 3, 4)) -> Forced:
@@ -80,8 +85,22 @@ def test_token_scores_that_do_not_exist_are_none() -> None:
 
 
 def probability_outputs() -> Outputs:
-    new = {EDIT: -1.0, REPHRASED: -2.0, OTHER: -0.5, NEIGHBOURS[0]: -3.0, NEIGHBOURS[1]: -1.0, NEIGHBOURS[2]: -2.0}
-    old = {EDIT: -1.5, REPHRASED: -1.9, OTHER: -0.6, NEIGHBOURS[0]: -2.0, NEIGHBOURS[1]: -1.0, NEIGHBOURS[2]: -2.5}
+    new = {
+        EDIT: -1.0,
+        REPHRASED: -2.0,
+        OTHER: -0.5,
+        NEIGHBOURS[0]: -3.0,
+        NEIGHBOURS[1]: -1.0,
+        NEIGHBOURS[2]: -2.0,
+    }
+    old = {
+        EDIT: -1.5,
+        REPHRASED: -1.9,
+        OTHER: -0.6,
+        NEIGHBOURS[0]: -2.0,
+        NEIGHBOURS[1]: -1.0,
+        NEIGHBOURS[2]: -2.5,
+    }
     return Outputs(
         forced={(question, "Astana"): forced([1], value) for question, value in new.items()}
         | {(question, "Nur-Sultan"): forced([1], value) for question, value in old.items()}
@@ -179,12 +198,17 @@ def test_generation_leakage(text: str, leaks: bool) -> None:
         (["The Beatles"], "Beatles", "The Beatles", False),
     ],
 )
-def test_generation_leakage_where_one_answer_is_part_of_the_other(old: list[str], new: str, text: str, leaks: bool) -> None:
+def test_generation_leakage_where_one_answer_is_part_of_the_other(
+    old: list[str], new: str, text: str, leaks: bool
+) -> None:
     assert generation.gives_old(text, Fact("1", EDIT, "", old, new)) == leaks
 
 
 def test_generation_scores_that_do_not_exist_are_none() -> None:
     outputs = Outputs(generated={EDIT: "Astana", "Who?": "I"})
     scores: dict[str, Any] = generation.score(WITHOUT_OLD, outputs, None)["scores"]
-    assert {name for name, value in scores.items() if value is not None} == {"reliability", "reliability_contains"}
+    assert {name for name, value in scores.items() if value is not None} == {
+        "reliability",
+        "reliability_contains",
+    }
     assert generation.score(WITHOUT_OLD, outputs, {"locality": ["i"]})["scores"]["locality"] == 1

@@ -1,4 +1,6 @@
-"""A batched respondent says what one unpadded record at a time says, by a full forward pass and by `model.generate`."""
+"""A batched respondent says what one unpadded record at a time says, by a full forward pass and by
+`model.generate`.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,21 @@ def forced_naively(model: Any, record: Encoded) -> Forced:
 
 def generated_naively(model: Any, tokenizer: Any, ids: list[int], eos: list[int]) -> str:
     """One question at a time; the first line with text in it, cut from all that the model writes."""
-    written = model.generate(torch.tensor([ids]), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    written = model.generate(
+        torch.tensor([ids]), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=0
+    )
     new = [token for token in written[0, len(ids) :].tolist() if token not in eos]
     text: str = tokenizer.decode(new, skip_special_tokens=True)
     return text.lstrip().partition("\n")[0].rstrip()
 
 
 def respondent(subject: Any, batch_size: int) -> Respondent:
-    return Respondent(subject.model, subject.tokenizer, subject.prompter, Evaluate(batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS))
+    return Respondent(
+        subject.model,
+        subject.tokenizer,
+        subject.prompter,
+        Evaluate(batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS),
+    )
 
 
 @contextmanager
@@ -66,14 +75,18 @@ def poisoned(model: Any, token: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_forced_answers_equal_single_records(subject: Any, facts: list[Fact], architecture: str, batch_size: int) -> None:
+def test_forced_answers_equal_single_records(
+    subject: Any, facts: list[Fact], architecture: str, batch_size: int
+) -> None:
     one = subject(architecture)
     asked = respondent(one, batch_size)
     asked.ask(facts)
     pairs = {pair for fact in facts for pair in [*token.pairs(fact), *probability.pairs(fact)]}
     assert set(asked.outputs.forced) == pairs
     expected = {pair: forced_naively(one.model, one.prompter.encode(*pair, eos=False)) for pair in pairs}
-    assert len({tuple(forced.argmax) for forced in expected.values()}) > 5, "a model that always says the same would prove nothing"
+    assert len({tuple(forced.argmax) for forced in expected.values()}) > 5, (
+        "a model that always says the same would prove nothing"
+    )
     for pair, got in asked.outputs.forced.items():
         assert (got.targets, got.argmax) == (expected[pair].targets, expected[pair].argmax)
         assert got.logprob == pytest.approx(expected[pair].logprob, abs=1e-5)
@@ -81,18 +94,24 @@ def test_forced_answers_equal_single_records(subject: Any, facts: list[Fact], ar
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_generations_equal_single_questions(subject: Any, facts: list[Fact], architecture: str, batch_size: int) -> None:
+def test_generations_equal_single_questions(
+    subject: Any, facts: list[Fact], architecture: str, batch_size: int
+) -> None:
     one = subject(architecture)
-    # A token that the model likes ends some lines early: they must leave the batch, and others join it, without disturbing any.
+    # A token that the model likes ends some lines early: they must leave the batch, and others join it,
+    # without disturbing any.
     prompt = one.prompter.encode_question(facts[0].prompt)
-    early = one.model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, -1].item()
+    early = one.model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)[
+        0, -1
+    ].item()
     eos = [one.tokenizer.eos_token_id, early]
     with ended_by(one.model, eos):
         asked = respondent(one, batch_size)
         asked.ask(facts)
     questions = {question for fact in facts for question in generation.questions(fact)}
     expected = {
-        question: generated_naively(one.model, one.tokenizer, one.prompter.encode_question(question), eos) for question in questions
+        question: generated_naively(one.model, one.tokenizer, one.prompter.encode_question(question), eos)
+        for question in questions
     }
     assert asked.outputs.generated == expected
     assert len(set(expected.values())) > 5, "a model that always says the same would prove nothing"
@@ -105,7 +124,9 @@ def test_a_question_is_read_once_for_all_its_answers_and_records(subject: Any, f
     def count(module: Any, args: Any, arguments: Any) -> None:
         mask = arguments["attention_mask"]
         if mask.shape == arguments["input_ids"].shape:
-            read.update(tuple(ids[kept == 1].tolist()) for ids, kept in zip(arguments["input_ids"], mask, strict=True))
+            read.update(
+                tuple(ids[kept == 1].tolist()) for ids, kept in zip(arguments["input_ids"], mask, strict=True)
+            )
 
     hook = one.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
@@ -151,9 +172,17 @@ def test_generation_stays_within_the_last_position(subject: Any) -> None:
     question = Fact(id="who", prompt="Who is the king?", subject="", old_answers=[], new_answer="")
     length = len(one.prompter.encode_question(question.prompt))
     torch.manual_seed(0)
-    vocabulary: dict[str, Any] = {"vocab_size": len(one.tokenizer), "eos_token_id": None, "bos_token_id": None}
-    model = GPT2LMHeadModel(GPT2Config(n_positions=length + 1, n_embd=16, n_layer=1, n_head=2, **vocabulary)).eval()
-    asked = Respondent(model, one.tokenizer, one.prompter, Evaluate(protocols=["generation"], max_new_tokens=9))
+    vocabulary: dict[str, Any] = {
+        "vocab_size": len(one.tokenizer),
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    model = GPT2LMHeadModel(
+        GPT2Config(n_positions=length + 1, n_embd=16, n_layer=1, n_head=2, **vocabulary)
+    ).eval()
+    asked = Respondent(
+        model, one.tokenizer, one.prompter, Evaluate(protocols=["generation"], max_new_tokens=9)
+    )
     shapes: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(len(output)))
     asked.ask([question])
@@ -163,7 +192,10 @@ def test_generation_stays_within_the_last_position(subject: Any) -> None:
 @pytest.mark.parametrize("protocol", ["token", "generation"])
 def test_logits_that_are_not_numbers_name_the_record(subject: Any, protocol: Any) -> None:
     one = subject("llama")
-    facts = [Fact(name, prompt, "", [], "Astana") for name, prompt in (("first", "Who?"), ("second", "The currency of Croatia?"))]
+    facts = [
+        Fact(name, prompt, "", [], "Astana")
+        for name, prompt in (("first", "Who?"), ("second", "The currency of Croatia?"))
+    ]
     first, second = (set(one.prompter.encode_question(fact.prompt)) for fact in facts)
     with poisoned(one.model, min(second - first)):
         asked = Respondent(one.model, one.tokenizer, one.prompter, Evaluate(protocols=[protocol]))

@@ -12,12 +12,23 @@ from pipeline.evaluate.scores import METRICS, aggregate, harmonic_mean, mean, st
 from pipeline.facts.fact import Fact
 
 
-def row(identifier: str, protocol: str = "token", knows: bool | None = None, **scores: float | None) -> dict[str, Any]:
-    return {"id": identifier, "knows_old": knows, protocol: {"scores": {**dict.fromkeys(METRICS[protocol]), **scores}}}
+def row(
+    identifier: str, protocol: str = "token", knows: bool | None = None, **scores: float | None
+) -> dict[str, Any]:
+    return {
+        "id": identifier,
+        "knows_old": knows,
+        protocol: {"scores": {**dict.fromkeys(METRICS[protocol]), **scores}},
+    }
 
 
 def test_mean_count_and_standard_error_are_over_the_records_that_have_the_score() -> None:
-    rows = [row("a", reliability=1.0, leakage=0.0), row("b", reliability=0.5), row("c", reliability=0.0), row("d", reliability=0.5)]
+    rows = [
+        row("a", reliability=1.0, leakage=0.0),
+        row("b", reliability=0.5),
+        row("c", reliability=0.0),
+        row("d", reliability=0.5),
+    ]
     scores = aggregate(rows, ["token"])["token"]
     assert (scores["reliability"], scores["counts"]["reliability"]) == (0.5, 4)
     assert scores["stderr"]["reliability"] == pytest.approx((0.5 / 3) ** 0.5 / 2)
@@ -44,9 +55,18 @@ def test_no_records() -> None:
 
 def test_the_split_follows_the_original_and_leaves_facts_without_an_old_answer_out() -> None:
     original = [row("a", knows=True), row("b", knows=False), row("c", knows=None), row("d", knows=True)]
-    rows = [row("a", reliability=1.0), row("b", reliability=0.0), row("c", reliability=0.0), row("d", reliability=0.5, knows=False)]
+    rows = [
+        row("a", reliability=1.0),
+        row("b", reliability=0.0),
+        row("c", reliability=0.0),
+        row("d", reliability=0.5, knows=False),
+    ]
     split = split_by_known(rows, original, ["token"])
-    assert (split["known"]["num_known"], split["known"]["num_records"], split["unknown"]["num_records"]) == (2, 3, 1)
+    assert (split["known"]["num_known"], split["known"]["num_records"], split["unknown"]["num_records"]) == (
+        2,
+        3,
+        1,
+    )
     assert split["known"]["protocols"]["token"]["reliability"] == 0.75
     assert split["unknown"]["protocols"]["token"]["reliability"] == 0
 

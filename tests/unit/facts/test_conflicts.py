@@ -36,7 +36,9 @@ def test_the_policies(kind: str) -> None:
     bystander = fact("other", "c")
     assert resolve_conflicts([first, bystander, second], "drop")[0] == [bystander]
     assert resolve_conflicts([first, bystander, second], "keep_first")[0] == [first, bystander]
-    with pytest.raises(InputError, match=f"2 of 3 facts contradict another \\({kind} 2\\).*'q' -> 'a'.*drop or keep_first"):
+    with pytest.raises(
+        InputError, match=f"2 of 3 facts contradict another \\({kind} 2\\).*'q' -> 'a'.*drop or keep_first"
+    ):
         resolve_conflicts([first, bystander, second], "error")
 
 
@@ -46,7 +48,12 @@ def test_agreement_is_no_conflict() -> None:
 
 
 def test_no_subject_or_no_old_answer_is_shared_by_none() -> None:
-    assert find_conflicts([fact("q", "a", "old"), fact("p", "b", "old"), fact("x", "a", "", "s"), fact("y", "b", "", "s")]) == []
+    assert (
+        find_conflicts(
+            [fact("q", "a", "old"), fact("p", "b", "old"), fact("x", "a", "", "s"), fact("y", "b", "", "s")]
+        )
+        == []
+    )
 
 
 def test_counts_are_of_groups_and_of_facts() -> None:
@@ -81,7 +88,9 @@ def test_no_policy_leaves_a_contradiction_behind(facts: list[Fact]) -> None:
 def test_each_policy_removes_no_more_than_it_says(facts: list[Fact]) -> None:
     def contradicts(one: Fact, other: Fact) -> bool:
         asked = [{"q:" + text for text in (f.prompt, *f.rephrasings)} for f in (one, other)]
-        changed = [{f"{f.subject}|{f.old_answer}"} if f.subject and f.old_answer else set() for f in (one, other)]
+        changed = [
+            {f"{f.subject}|{f.old_answer}"} if f.subject and f.old_answer else set() for f in (one, other)
+        ]
         return one.new_answer != other.new_answer and bool((asked[0] & asked[1]) | (changed[0] & changed[1]))
 
     alone = [f for f in facts if not any(contradicts(f, other) for other in facts)]

@@ -1,4 +1,6 @@
-"""The facts stage and the inspection: what is kept, what is dropped, and what each of the two says about it."""
+"""The facts stage and the inspection: what is kept, what is dropped, and what each of the two says about
+it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def run_stage(
     data.write_text("\n".join(json.dumps(r) for r in rows))
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    section = {"facts": Facts(path=str(data), **settings).model_dump(mode="json"), "needs_old_answer": needs_old_answer}
+    section = {
+        "facts": Facts(path=str(data), **settings).model_dump(mode="json"),
+        "needs_old_answer": needs_old_answer,
+    }
     reported = run(section, {}, out, Context())
     assert json.loads(json.dumps(reported)) == reported
     return reported, list(read_facts(out / "facts.jsonl"))
@@ -75,8 +80,15 @@ def test_every_loss_is_counted_by_reason(tmp_path: Path) -> None:
         "old_equals_new": 1,
         "contradiction": 2,
     }
-    assert reported["num_read"] == sum(reported["dropped"].values()) + reported["num_over_limit"] + reported["num_facts"] == 9
-    assert any("2 of 9 facts (22.2%) contradict another fact; 2 of them were dropped" in warning for warning in reported["warnings"])
+    assert (
+        reported["num_read"]
+        == sum(reported["dropped"].values()) + reported["num_over_limit"] + reported["num_facts"]
+        == 9
+    )
+    assert any(
+        "2 of 9 facts (22.2%) contradict another fact; 2 of them were dropped" in warning
+        for warning in reported["warnings"]
+    )
     assert any("1 of 9 facts were dropped: no old answer" in warning for warning in reported["warnings"])
 
 
@@ -98,8 +110,13 @@ def test_old_answers_are_needed_only_for_forgetting(tmp_path: Path) -> None:
 
 
 def test_questions_that_cannot_be_scored_are_dropped_and_counted(tmp_path: Path) -> None:
-    probes = [{"prompt": p, "answers": a, "kind": ""} for p, a in [("Q2?", ["x"]), ("R2?", ["x"]), ("L?", []), ("L?", ["y"])]]
-    reported, facts = run_stage(tmp_path, [row(1, locality=probes, portability=[{"prompt": "Q2?", "answers": ["new 2"]}]), row(2)])
+    probes = [
+        {"prompt": p, "answers": a, "kind": ""}
+        for p, a in [("Q2?", ["x"]), ("R2?", ["x"]), ("L?", []), ("L?", ["y"])]
+    ]
+    reported, facts = run_stage(
+        tmp_path, [row(1, locality=probes, portability=[{"prompt": "Q2?", "answers": ["new 2"]}]), row(2)]
+    )
     assert [probe.prompt for probe in facts[0].locality] == ["L?"]
     assert [probe.prompt for probe in facts[0].portability] == ["Q2?"]
     assert reported["dropped_probes"] == {"edited_question": 2, "no_answer": 1}
@@ -143,7 +160,13 @@ def test_inspection_counts_what_is_there(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report)) == report
     assert (report["format"], report["num_records"], report["num_facts"]) == ("flearn", 5, 3)
     assert report["fields"]["new_answer"] == 5
-    assert report["having"] == {"subject": 3, "old answer": 3, "rephrasings": 2, "locality": 3, "portability": 0}
+    assert report["having"] == {
+        "subject": 3,
+        "old answer": 3,
+        "rephrasings": 2,
+        "locality": 3,
+        "portability": 0,
+    }
     assert report["dropped"] == {"empty_new_answer": 1}
     assert report["conflicts"] == {"same_prompt": {"num_groups": 1, "num_facts": 2}}
     assert report["bad_rows"] == [{"where": "line 5", "reason": "new_answer: expected text, found a number"}]
@@ -162,4 +185,9 @@ def test_the_rendering_shows_it(tmp_path: Path) -> None:
 def test_inspection_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "datasets", "numpy")
     code = f"import sys, pipeline.facts.inspect, pipeline.facts.stage; print([name for name in {heavy!r} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -36,7 +36,10 @@ def write(folder: Path, *splits: str) -> str:
 def test_a_folder_is_read_by_datasets(folder: Path) -> None:
     reading = read(write(folder, "train", "test"))
     assert (reading.format, reading.num_records, reading.bad_rows) == ("zsre", 2, [])
-    assert [(fact.prompt, fact.old_answers, fact.new_answer) for fact in reading.facts] == [("Q1?", ["old"], "a"), ("Q2?", ["old"], "b")]
+    assert [(fact.prompt, fact.old_answers, fact.new_answer) for fact in reading.facts] == [
+        ("Q1?", ["old"], "a"),
+        ("Q2?", ["old"], "b"),
+    ]
     assert "cond" not in reading.fields
 
 
@@ -64,6 +67,8 @@ def test_without_a_network_it_says_so_in_one_line(folder: Path, monkeypatch: pyt
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"owner/no-such-set: datasets cannot load it.*give a local JSON file") as caught:
+    with pytest.raises(
+        InputError, match=r"owner/no-such-set: datasets cannot load it.*give a local JSON file"
+    ) as caught:
         read("owner/no-such-set")
     assert "\n" not in str(caught.value)

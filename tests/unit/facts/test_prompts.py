@@ -1,4 +1,6 @@
-"""Prompts, through tokenizers of the three families in use, built here: byte-level BPE, Metaspace BPE, and Llama 2's own arrangement."""
+"""Prompts, through tokenizers of the three families in use, built here: byte-level BPE, Metaspace BPE, and
+Llama 2's own arrangement.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,7 @@ CORPUS = [
     "The mother tongue of Danielle Darrieux is French",
     "In what year was the Portrait painted? 1650",
 ] * 5
-CHATML = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
+CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 LLAMA2_CHAT = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
@@ -32,7 +32,10 @@ LLAMA2_CHAT = (
 
 def wrap(tokenizer: Tokenizer, **special: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, name_or_path="tokenizer-under-test", clean_up_tokenization_spaces=False, **special
+        tokenizer_object=tokenizer,
+        name_or_path="tokenizer-under-test",
+        clean_up_tokenization_spaces=False,
+        **special,
     )
 
 
@@ -42,13 +45,17 @@ def byte_level(trim_offsets: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return wrap(tokenizer, eos_token="<|end|>", bos_token="<|end|>")
 
 
 def metaspace(legacy: bool, adds_eos: bool = False) -> PreTrainedTokenizerFast:
-    """Like Llama's: `▁` for blanks, bytes for unknown characters, BOS put in front; `legacy` prepends by a normalizer, as Llama 2 does."""
+    """Like Llama's: `▁` for blanks, bytes for unknown characters, BOS put in front; `legacy` prepends by a
+    normalizer, as Llama 2 does.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -56,9 +63,13 @@ def metaspace(legacy: bool, adds_eos: bool = False) -> PreTrainedTokenizerFast:
     if legacy:
         tokenizer.pre_tokenizer = None
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     single = "<s> $A </s>" if adds_eos else "<s> $A"
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     return wrap(tokenizer, bos_token="<s>", eos_token="</s>")
 
 
@@ -90,7 +101,9 @@ def spelled(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 def test_the_question_opens_every_answer(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     prompter = Prompter(tokenizer, Prompt(template=template))
     encoded = prompter.encode("What is the capital of Kazakhstan?", "Astana", eos=True)
-    assert encoded.ids[: encoded.answer_start] == prompter.encode_question("What is the capital of Kazakhstan?")
+    assert encoded.ids[: encoded.answer_start] == prompter.encode_question(
+        "What is the capital of Kazakhstan?"
+    )
     assert encoded.ids[-1] == tokenizer.eos_token_id
     assert spelled(tokenizer, encoded.ids[encoded.answer_start : -1]).strip() == "Astana"
 
@@ -108,7 +121,12 @@ WORDS = st.text(st.sampled_from("abcXYZ 0123.,'-?!:éßñ中文😀"), max_size=
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(sorted(BUILT)), template=st.sampled_from(["plain", "Q: {prompt}\nA:"]), question=WORDS, answer=WORDS)
+@given(
+    name=st.sampled_from(sorted(BUILT)),
+    template=st.sampled_from(["plain", "Q: {prompt}\nA:"]),
+    question=WORDS,
+    answer=WORDS,
+)
 def test_any_text_splits_at_its_boundary(name: str, template: str, question: str, answer: str) -> None:
     answer = " ".join(answer.split())
     if not answer:
@@ -122,8 +140,14 @@ def test_any_text_splits_at_its_boundary(name: str, template: str, question: str
 
 def test_a_batch_is_its_records_one_by_one(tokenizer: PreTrainedTokenizerFast) -> None:
     prompter = Prompter(tokenizer, Prompt())
-    pairs = [("What is the capital of Kazakhstan?", "Astana"), ("Q?", "the year 1650, in Paris"), ("The mother tongue of X is", "é中")]
-    assert prompter.encode_many(pairs, eos=True) == [prompter.encode(question, answer, eos=True) for question, answer in pairs]
+    pairs = [
+        ("What is the capital of Kazakhstan?", "Astana"),
+        ("Q?", "the year 1650, in Paris"),
+        ("The mother tongue of X is", "é中"),
+    ]
+    assert prompter.encode_many(pairs, eos=True) == [
+        prompter.encode(question, answer, eos=True) for question, answer in pairs
+    ]
     assert prompter.encode_many([], eos=True) == []
 
 
@@ -152,7 +176,9 @@ def test_an_eos_that_the_tokenizer_adds_stays_out_of_the_question() -> None:
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_add_bos_forces_exactly_one_or_none(tokenizer: PreTrainedTokenizerFast, template: str, add_bos: bool) -> None:
+def test_add_bos_forces_exactly_one_or_none(
+    tokenizer: PreTrainedTokenizerFast, template: str, add_bos: bool
+) -> None:
     tokenizer.chat_template = LLAMA2_CHAT
     prompter = Prompter(tokenizer, Prompt(template=template, add_bos=add_bos))
     encoded = prompter.encode("What is the capital?", "Astana", eos=False)

@@ -48,7 +48,10 @@ ROME = {
         "target_true": {"str": "French", "id": "Q150"},
         "subject": "Danielle Darrieux",
     },
-    "paraphrase_prompts": ["Shayna does this. Danielle Darrieux, a native", "Danielle Darrieux spoke the language"],
+    "paraphrase_prompts": [
+        "Shayna does this. Danielle Darrieux, a native",
+        "Danielle Darrieux spoke the language",
+    ],
     "neighborhood_prompts": ["The native language of Montesquieu is", "Léon Blum speaks"],
     "attribute_prompts": ["The mother tongue of Douglas Adams is"],
     "generation_prompts": ["Danielle Darrieux was born in"],
@@ -59,7 +62,9 @@ KNOWEDIT = {
     "target_new": "Franche-Comté",
     "ground_truth": "France",
     "portability": {
-        "Reasoning": [{"prompt": ["The capital of the country is", "Its capital is"], "ground_truth": "Besançon"}],
+        "Reasoning": [
+            {"prompt": ["The capital of the country is", "Its capital is"], "ground_truth": "Besançon"}
+        ],
         "Logical_Generalization": [],
     },
     "locality": {
@@ -90,7 +95,11 @@ MQUAKE = {
             "question": "What is the capital of Japan?",
         },
     ],
-    "questions": ["What is the capital of the country where volleyball was created?", "Which city is it?", "Name that capital."],
+    "questions": [
+        "What is the capital of the country where volleyball was created?",
+        "Which city is it?",
+        "Name that capital.",
+    ],
     "answer": "Rome",
     "answer_alias": ["Roma"],
     "new_answer": "Osaka",
@@ -206,18 +215,29 @@ def test_knowedit_takes_every_shape_of_prompt_and_answer(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize(("ground_truth", "expected"), [(["a", "b"], ["a", "b"]), ("a", ["a"]), (None, []), ("", []), ([["a"], []], ["a"])])
-def test_knowedit_ground_truth_may_be_a_list_a_text_or_absent(tmp_path: Path, ground_truth: Any, expected: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("ground_truth", "expected"),
+    [(["a", "b"], ["a", "b"]), ("a", ["a"]), (None, []), ("", []), ([["a"], []], ["a"])],
+)
+def test_knowedit_ground_truth_may_be_a_list_a_text_or_absent(
+    tmp_path: Path, ground_truth: Any, expected: list[str]
+) -> None:
     assert read_one(tmp_path, KNOWEDIT | {"ground_truth": ground_truth})[0].old_answers == expected
 
 
 def test_mquake_asks_its_multi_hop_questions_once(tmp_path: Path) -> None:
     first, last = read_one(tmp_path, MQUAKE)
     assert (first.id, last.id) == ("12.0", "12.1")
-    assert (first.prompt, first.old_answers, first.new_answer) == ("volleyball was created in the country of", ["Italy"], "Japan")
+    assert (first.prompt, first.old_answers, first.new_answer) == (
+        "volleyball was created in the country of",
+        ["Italy"],
+        "Japan",
+    )
     assert first.rephrasings == ["Which country was volleyball created in?"]
     assert first.portability == []
-    assert last.portability == [Probe(question, ["Osaka", "Osaka-shi"], "multi_hop") for question in MQUAKE["questions"]]  # type: ignore[attr-defined]
+    assert last.portability == [
+        Probe(question, ["Osaka", "Osaka-shi"], "multi_hop") for question in MQUAKE["questions"]
+    ]  # type: ignore[attr-defined]
 
 
 def test_qaedit_has_no_old_answer(tmp_path: Path) -> None:
@@ -236,7 +256,11 @@ def test_qaedit_has_no_old_answer(tmp_path: Path) -> None:
 
 def test_one_alpaca_file_holds_new_answers(tmp_path: Path) -> None:
     (fact,) = read_one(tmp_path, ALPACA)
-    assert (fact.prompt, fact.old_answers, fact.new_answer) == ("What is the capital of Kazakhstan?\nAs of 2020.", [], "Nur-Sultan")
+    assert (fact.prompt, fact.old_answers, fact.new_answer) == (
+        "What is the capital of Kazakhstan?\nAs of 2020.",
+        [],
+        "Nur-Sultan",
+    )
 
 
 def question(text: str, answer: str) -> dict[str, str]:
@@ -244,8 +268,12 @@ def question(text: str, answer: str) -> dict[str, str]:
 
 
 def test_an_alpaca_pair_is_joined_by_question(tmp_path: Path) -> None:
-    old = write(tmp_path, question("Q1", "old 1"), question("Q2", "old 2"), question("Q3", "old 3"), name="old.json")
-    new = write(tmp_path, question("Q2", "new 2"), question("Q1", "new 1"), question("Q4", "new 4"), name="new.json")
+    old = write(
+        tmp_path, question("Q1", "old 1"), question("Q2", "old 2"), question("Q3", "old 3"), name="old.json"
+    )
+    new = write(
+        tmp_path, question("Q2", "new 2"), question("Q1", "new 1"), question("Q4", "new 4"), name="new.json"
+    )
     facts = read([old, new]).facts
     assert [(fact.prompt, fact.old_answers, fact.new_answer) for fact in facts] == [
         ("Q2", ["old 2"], "new 2"),

@@ -44,7 +44,10 @@ def test_zsre_contradicts_itself(reports: dict[str, dict[str, Any]]) -> None:
 
 
 def test_counterfact_has_62_prompts_with_two_targets(reports: dict[str, dict[str, Any]]) -> None:
-    assert reports["counterfact_edit_10000"]["conflicts"]["same_prompt"] == {"num_groups": 62, "num_facts": 143}
+    assert reports["counterfact_edit_10000"]["conflicts"]["same_prompt"] == {
+        "num_groups": 62,
+        "num_facts": 143,
+    }
 
 
 def test_zsre_old_answers(reports: dict[str, dict[str, Any]]) -> None:
@@ -59,7 +62,9 @@ def test_what_knowedit_lacks(reports: dict[str, dict[str, Any]]) -> None:
     assert reports["knowedit_wiki_recent_570"]["having"]["old answer"] == 0
     assert reports["knowedit_wiki_recent_570"]["dropped_probes"] == {"no_answer": 7}
     assert reports["knowedit_zsre_1304"]["dropped"] == {"old_equals_new": 43}
-    assert reports["knowedit_zsre_1304"]["having"]["portability"] == reports["knowedit_zsre_1304"]["num_facts"]
+    assert (
+        reports["knowedit_zsre_1304"]["having"]["portability"] == reports["knowedit_zsre_1304"]["num_facts"]
+    )
 
 
 @pytest.mark.parametrize("policy", ["drop", "keep_first"])

@@ -1,4 +1,6 @@
-"""Malformed data: every bad record by line with the reason, and one clear line for a file that is no data at all."""
+"""Malformed data: every bad record by line with the reason, and one clear line for a file that is no data at
+all.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,10 @@ def test_bad_records_of_an_array_are_named_by_number_and_line(tmp_path: Path) ->
         ({"old_answers": [1]}, "old_answers: expected text, found a number"),
         ({"prompt": None}, "no field 'prompt'"),
         ({"year": "1997"}, "year: expected a whole number"),
-        ({"locality": [{"prompt": "Q", "answer": "a"}]}, "locality[0].answer: unknown field; did you mean answers?"),
+        (
+            {"locality": [{"prompt": "Q", "answer": "a"}]},
+            "locality[0].answer: unknown field; did you mean answers?",
+        ),
         ({"locality": ["Q"]}, "locality[0]: expected an object with named fields, found text"),
         ({"locality": "Q"}, "locality: expected a list, found text"),
         ({"new_answer": "\ud800"}, "new_answer: holds half of a surrogate pair, which is no character"),
@@ -73,9 +78,15 @@ def test_the_reason_names_the_field(tmp_path: Path, change: dict[str, Any], reas
     ("record", "reason"),
     [
         ({"src": "Q", "alt": None}, "no field 'alt'"),
-        ({"requested_rewrite": {"prompt": "{} is", "subject": "X"}}, "target_true: expected an object with named fields, found null"),
+        (
+            {"requested_rewrite": {"prompt": "{} is", "subject": "X"}},
+            "target_true: expected an object with named fields, found null",
+        ),
         ({"requested_rewrite": []}, "requested_rewrite is empty"),
-        ({"prompt": "Q", "target_new": "a", "locality": {"A": "x"}}, "locality.A: expected a list, found text"),
+        (
+            {"prompt": "Q", "target_new": "a", "locality": {"A": "x"}},
+            "locality.A: expected a list, found text",
+        ),
         (
             {"prompt": "Q", "target_new": "a", "portability": [], "locality": ["x"]},
             "locality: expected an object with named fields, found a list",
@@ -88,7 +99,9 @@ def test_malformed_records_of_published_schemas(tmp_path: Path, record: dict[str
 
 def test_refusal_lists_the_first_and_counts_all(tmp_path: Path) -> None:
     reading = read(write(tmp_path, "\n".join([json.dumps(GOOD)] + ["{"] * 9)))
-    with pytest.raises(InputError, match=r"9 of 10 records are malformed: line 2: .*line 6: .*; and 4 more$") as caught:
+    with pytest.raises(
+        InputError, match=r"9 of 10 records are malformed: line 2: .*line 6: .*; and 4 more$"
+    ) as caught:
         refuse_bad_rows(reading)
     assert "line 7" not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -109,7 +122,9 @@ def test_refusal_lists_the_first_and_counts_all(tmp_path: Path) -> None:
         (b"[\xff]", "not UTF-8 text"),
     ],
 )
-def test_a_file_that_is_no_data_is_refused_in_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_a_file_that_is_no_data_is_refused_in_one_line(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
     path = write(tmp_path, text)
     with pytest.raises(InputError, match=message) as caught:
         read(path)
@@ -122,7 +137,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_line_separators_inside_text_end_no_line(tmp_path: Path) -> None:
-    rows, bad = read_rows(write(tmp_path, json.dumps({"a": "x\u2028y\u0085z"}, ensure_ascii=False) + "\r\n" + '{"a": "b"}'))
+    rows, bad = read_rows(
+        write(tmp_path, json.dumps({"a": "x\u2028y\u0085z"}, ensure_ascii=False) + "\r\n" + '{"a": "b"}')
+    )
     assert ([row.where for row in rows], bad) == (["line 1", "line 2"], [])
 
 

@@ -1,4 +1,6 @@
-"""Checks the rules that docs/world_updates.md states for the data set configs/facts/world_updates.jsonl, by reading it as plain JSON."""
+"""Checks the rules that docs/world_updates.md states for the data set configs/facts/world_updates.jsonl, by
+reading it as plain JSON.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_locality_question_has_one_answer_and_comes_twice_at_most() -> None:
     answers: dict[str, list[str]] = {}
     for probe in probes:
         assert answers.setdefault(probe["prompt"], probe["answers"]) == probe["answers"]
-    assert [prompt for prompt, count in Counter(probe["prompt"] for probe in probes).items() if count > 2] == []
+    assert [
+        prompt for prompt, count in Counter(probe["prompt"] for probe in probes).items() if count > 2
+    ] == []
 
 
 def test_locality_questions_touch_no_fact() -> None:
@@ -78,14 +82,20 @@ def test_locality_questions_touch_no_fact() -> None:
 def test_fields() -> None:
     for record in RECORDS:
         assert list(record) == FIELDS, record
-        assert record["old_answers"] and all(isinstance(answer, str) for answer in record["old_answers"]), record["id"]
+        assert record["old_answers"] and all(isinstance(answer, str) for answer in record["old_answers"]), (
+            record["id"]
+        )
         assert len(record["rephrasings"]) == 2, record["id"]
-        assert all(list(probe) == ["prompt", "answers", "kind"] and probe["answers"] for probe in record["locality"]), record["id"]
+        assert all(
+            list(probe) == ["prompt", "answers", "kind"] and probe["answers"] for probe in record["locality"]
+        ), record["id"]
         assert [probe["kind"] for probe in record["locality"]] == ["neighbour", "unrelated"], record["id"]
 
 
 def test_texts_are_trimmed_and_not_empty() -> None:
-    assert [text for record in RECORDS for text in _texts(record) if not text or text != " ".join(text.split())] == []
+    assert [
+        text for record in RECORDS for text in _texts(record) if not text or text != " ".join(text.split())
+    ] == []
 
 
 def test_year_closes_the_id() -> None:
@@ -112,9 +122,16 @@ def test_answers_are_short_apart_and_not_given_away() -> None:
     for record in RECORDS:
         new = record["new_answer"].casefold()
         assert len(new.split()) <= 5 and len(record["old_answers"][0].split()) <= 5, record["id"]
-        assert [old for old in record["old_answers"] if old.casefold() in new or new in old.casefold()] == [], record["id"]
+        assert [
+            old for old in record["old_answers"] if old.casefold() in new or new in old.casefold()
+        ] == [], record["id"]
         assert _repeated(record["old_answers"]) == [], record["id"]
-        given_away = [(question, answer) for question in _questions(record) for answer in _answers(record) if _says(question, answer)]
+        given_away = [
+            (question, answer)
+            for question in _questions(record)
+            for answer in _answers(record)
+            if _says(question, answer)
+        ]
         assert given_away == []
 
 

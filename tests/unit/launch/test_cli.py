@@ -1,4 +1,6 @@
-"""How the command, and a rank of a run, end on errors: one line for what the system refuses, a traceback for a mistake of ours."""
+"""How the command, and a rank of a run, end on errors: one line for what the system refuses, a traceback for
+a mistake of ours.
+"""
 
 from __future__ import annotations
 
@@ -38,27 +40,38 @@ def inspecting(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
 
 
 @pytest.mark.parametrize("number", REFUSALS)
-def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int) -> None:
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
     assert inspecting(monkeypatch, refusal(number)) == 2
     assert capsys.readouterr().err == f"flearn: /data/model: {os.strerror(number)}\n"
 
 
-@pytest.mark.parametrize("error", [OSError("no model named so"), OSError(errno.EBADF, "Bad"), ValueError("x"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [OSError("no model named so"), OSError(errno.EBADF, "Bad"), ValueError("x"), KeyError("x")]
+)
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     with pytest.raises(type(error)):
         inspecting(monkeypatch, error)
 
 
-def test_a_full_disk_gives_advice_for_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_gives_advice_for_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert inspecting(monkeypatch, refusal(errno.ENOSPC)) == 2
     told = capsys.readouterr().err
-    assert "no space left on the disk while writing /data/model: free some space and run the same command again" in told
+    assert (
+        "no space left on the disk while writing /data/model: free some space and run the same command again"
+        in told
+    )
     assert "--out" in told and "cluster.runs_dir" in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", ["--out", "--tuned"])
 @pytest.mark.parametrize("place", ["/proc/foo/x", "x" * 300])
-def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, place: str) -> None:
+def test_places_that_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, place: str
+) -> None:
     base, tuned = write_pair(tmp_path)
     words = ["--base", str(base), "--tuned", str(tuned), "--out", str(tmp_path / "out"), "--scale", "0.3"]
     assert main(["delta", "subtract", *words, option, str(tmp_path / place)]) == 2
@@ -67,11 +80,34 @@ def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "out").exists()
 
 
-def test_models_that_differ_in_many_tensors_are_said_to_do_so_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, tuned = save(tmp_path / "base", layered(0, num_layers=9)), save(tmp_path / "tuned", layered(0, num_layers=3))
-    assert main(["delta", "subtract", "--base", str(base), "--tuned", str(tuned), "--out", str(tmp_path / "out"), "--scale", "1"]) == 2
+def test_models_that_differ_in_many_tensors_are_said_to_do_so_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = (
+        save(tmp_path / "base", layered(0, num_layers=9)),
+        save(tmp_path / "tuned", layered(0, num_layers=3)),
+    )
+    assert (
+        main(
+            [
+                "delta",
+                "subtract",
+                "--base",
+                str(base),
+                "--tuned",
+                str(tuned),
+                "--out",
+                str(tmp_path / "out"),
+                "--scale",
+                "1",
+            ]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
-    assert told.startswith("flearn: base and tuned model do not fit (18 problems; give a model and a fine-tuning of that very model): ")
+    assert told.startswith(
+        "flearn: base and tuned model do not fit (18 problems; give a model and a fine-tuning of that very model): "
+    )
     assert told.count("is missing from the tuned model") == 18
 
 
@@ -98,18 +134,30 @@ def raising(error: Exception) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("work", "code"),
     [
-        *[(raising(refusal(number)), MISTAKE) for number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG)],
+        *[
+            (raising(refusal(number)), MISTAKE)
+            for number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG)
+        ],
         *[(raising(refusal(number)), MISTAKE) for number in (errno.ENOSPC, errno.EDQUOT)],
         (write_where_a_file_is, MISTAKE),
-        *[(raising(refusal(number)), FAILED) for number in (errno.ESTALE, errno.EIO, errno.ENOENT, errno.EMFILE)],
+        *[
+            (raising(refusal(number)), FAILED)
+            for number in (errno.ESTALE, errno.EIO, errno.ENOENT, errno.EMFILE)
+        ],
         (start_what_is_not_here, FAILED),
         (raising(KeyError("x")), FAILED),
     ],
 )
 def test_a_ranks_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Callable[[], None], code: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    work: Callable[[], None],
+    code: int,
 ) -> None:
-    """Its libraries open files and start programs of their own, so the log says who was refused, whoever has to mend it."""
+    """Its libraries open files and start programs of their own, so the log says who was refused, whoever has
+    to mend it.
+    """
     monkeypatch.setattr(worker, "run_step", lambda *_: work())
     plan, step = one_step(tmp_path)
     assert worker.run_all(plan, [step], Context()) == code
@@ -127,7 +175,9 @@ def test_a_mistake_of_the_callers_needs_no_traceback(tmp_path: Path, monkeypatch
     assert "Traceback" not in (plan.artifact(plan.steps[step]).folder / "rank0.log").read_text()
 
 
-def test_a_log_on_a_full_disk_does_not_turn_a_mistake_into_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_on_a_full_disk_does_not_turn_a_mistake_into_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fill_the_disk(*_: object) -> None:
         log.warning("a line that will not fit")
         raise refusal(errno.ENOSPC)

@@ -1,4 +1,6 @@
-"""`flearn doctor --on slurm`: what it makes of the reports that ranks leave, and of what SLURM's commands say."""
+"""`flearn doctor --on slurm`: what it makes of the reports that ranks leave, and of what SLURM's commands
+say.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def report(rank: int, **changes: object) -> Report:
     return replace(healthy, **changes)  # type: ignore[arg-type]
 
 
-def judged(folder: Path, *reports: Report, site: Site | None = None, state: str = "COMPLETED") -> dict[str, Row]:
+def judged(
+    folder: Path, *reports: Report, site: Site | None = None, state: str = "COMPLETED"
+) -> dict[str, Row]:
     probed = Probed(Cluster(ranks=2, nodes=2), site or Site(), folder / ".doctor", "7", state, list(reports))
     return {row.check: row for row in cluster_check.judge(probed)}
 
@@ -64,13 +68,20 @@ def test_a_healthy_cluster(tmp_path: Path) -> None:
     [
         ({"num_seen": 1}, "shared folder", "fail", "n2 does not see in"),
         ({"missing": ["/data/zsre.json"]}, "inputs", "fail", "n2 does not see /data/zsre.json"),
-        ({"versions": machine.versions() | {"deepspeed": None}}, "packages", "fail", "not installed: deepspeed on n2"),
+        (
+            {"versions": machine.versions() | {"deepspeed": None}},
+            "packages",
+            "fail",
+            "not installed: deepspeed on n2",
+        ),
         ({"versions": machine.versions() | {"torch": "2.0.1"}}, "packages", "warn", "torch 2.0.1 on n2"),
         ({"signalled": False}, "signals", "fail", "did not reach rank 1 on n2"),
         ({"num_cores": 1}, "cores", "warn", "rank 1 on n2 may use 1 of the 8"),
     ],
 )
-def test_what_one_node_lacks_is_named(tmp_path: Path, changes: dict[str, object], check: str, state: str, said: str) -> None:
+def test_what_one_node_lacks_is_named(
+    tmp_path: Path, changes: dict[str, object], check: str, state: str, said: str
+) -> None:
     rows = judged(tmp_path, report(0), report(1, **changes), site=Site(cpus_per_rank=8))
     assert [row.check for row in rows.values() if row.state != "ok"] == [check]
     assert rows[check].state == state and said in rows[check].detail and rows[check].advice
@@ -92,7 +103,10 @@ def test_a_rank_that_did_not_start_and_what_it_said(tmp_path: Path) -> None:
     )
     row = judged(tmp_path, report(0, joined=False), state="FAILED")["probe job"]
     assert row.state == "fail"
-    assert "FAILED; 1 of 2 ranks started (n1)" in row.detail and "it said: ModuleNotFoundError: No module named 'launch'" in row.detail
+    assert (
+        "FAILED; 1 of 2 ranks started (n1)" in row.detail
+        and "it said: ModuleNotFoundError: No module named 'launch'" in row.detail
+    )
 
 
 def test_gpus(tmp_path: Path) -> None:
@@ -117,14 +131,18 @@ def test_what_the_nodes_have_is_what_the_estimates_are_made_for(tmp_path: Path) 
 @pytest.mark.parametrize(("cores_seen", "flops"), [(2, 1e11), (8, 0.25e11)])
 def test_speed_is_of_one_ranks_own_cores(tmp_path: Path, cores_seen: int, flops: float) -> None:
     reports = [report(0, num_cores=cores_seen), report(1, num_cores=cores_seen)]
-    found = cluster_check.capacity(Probed(Cluster(ranks=2, nodes=2), Site(cpus_per_rank=2), tmp_path, reports=reports))
+    found = cluster_check.capacity(
+        Probed(Cluster(ranks=2, nodes=2), Site(cpus_per_rank=2), tmp_path, reports=reports)
+    )
     assert found is not None and found.flops == {"bf16": flops}
     assert found.rate("bf16", 2) == 2 * found.rate("bf16", 1)
 
 
 def test_fewer_ranks_get_no_more_memory_where_each_asks_for_its_own(tmp_path: Path) -> None:
     def limits(site: Site) -> list[int]:
-        found = cluster_check.capacity(Probed(Cluster(ranks=2), site, tmp_path, reports=[report(0), report(1)]))
+        found = cluster_check.capacity(
+            Probed(Cluster(ranks=2), site, tmp_path, reports=[report(0), report(1)])
+        )
         assert found is not None
         return [found.limit(Cluster(ranks=ranks)) for ranks in (2, 1)]
 
@@ -141,19 +159,30 @@ def test_fewer_ranks_get_no_more_memory_where_each_asks_for_its_own(tmp_path: Pa
         ({"PreemptMode": "CANCEL"}, "preemption", "warn"),
     ],
 )
-def test_the_controllers_settings(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], check: str, state: str) -> None:
+def test_the_controllers_settings(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], check: str, state: str
+) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    settings = {"SLURM_VERSION": "23.11.4", "AccountingStorageType": "accounting_storage/slurmdbd", "PreemptMode": "OFF"}
+    settings = {
+        "SLURM_VERSION": "23.11.4",
+        "AccountingStorageType": "accounting_storage/slurmdbd",
+        "PreemptMode": "OFF",
+    }
     rows = {row.check: row for row in cluster_check.controller_rows(settings | changes)}
     assert rows[check].state == state
     assert bool(rows[check].advice) == (state == "warn")
 
 
 @pytest.mark.parametrize(
-    ("scontrol", "said"), [("echo 'Slurmctld(primary) at head is DOWN'", "at head is DOWN"), (None, "scontrol: not found")]
+    ("scontrol", "said"),
+    [("echo 'Slurmctld(primary) at head is DOWN'", "at head is DOWN"), (None, "scontrol: not found")],
 )
 def test_no_controller_is_one_finding(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, scontrol: str | None, said: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    scontrol: str | None,
+    said: str,
 ) -> None:
     if scontrol is not None:
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")

@@ -20,13 +20,17 @@ def subtract(folder: Path, *options: str) -> int:
     return main(["delta", "subtract", *sources, "--scale", "0.3", *options])
 
 
-def test_subtract_writes_a_model_and_says_what_survived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_subtract_writes_a_model_and_says_what_survived(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, tuned = write_pair(tmp_path)
     assert subtract(tmp_path) == 0
     made, right = load(tmp_path / "out"), formula(load(base), load(tuned), 0.3)
     assert all(made[name].equal(values) for name, values in right.items())
     told = capsys.readouterr().out
-    assert re.match(r"writes 71\.\d kB in 1 shard \(float32; the base is bfloat16, 36\.\d kB\); \d.* are free\n", told)
+    assert re.match(
+        r"writes 71\.\d kB in 1 shard \(float32; the base is bfloat16, 36\.\d kB\); \d.* are free\n", told
+    )
     assert "out: 71." in told and "kB in 1 shard, float32" in told
     assert "100.0% of the intended change is stored" in told
     assert subtract(tmp_path) == 0
@@ -44,13 +48,18 @@ def test_a_negative_scale_is_no_option(tmp_path: Path, scale: str) -> None:
 def test_a_result_without_a_config_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, _ = write_pair(tmp_path)
     assert subtract(tmp_path) == 0
-    assert f"warning: the result has no config.json, for {base} has none" in capsys.readouterr().out.splitlines()[-1]
+    assert (
+        f"warning: the result has no config.json, for {base} has none"
+        in capsys.readouterr().out.splitlines()[-1]
+    )
     (base / "config.json").write_text("{}")
     assert subtract(tmp_path, "--out", str(tmp_path / "other")) == 0
     assert "warning" not in capsys.readouterr().out
 
 
-def test_a_result_that_has_lost_a_shard_is_not_called_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_that_has_lost_a_shard_is_not_called_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_pair(tmp_path)
     assert subtract(tmp_path, "--max-shard-size", "20KB") == 0
     (tmp_path / "out/model-00003-of-00005.safetensors").unlink()
@@ -66,8 +75,13 @@ def deaf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
     """The command with a standard output that takes nothing; a pipe says so at the first flush."""
 
     def run(*words: object) -> int:
-        with monkeypatch.context() as patch, ExitStack() as stack:  # within the test: pytest sets stdout before each
-            patch.setattr(sys, "stdout", stack.enter_context(broken_pipe()) if "pipe" in request.param else None)
+        with (
+            monkeypatch.context() as patch,
+            ExitStack() as stack,
+        ):  # within the test: pytest sets stdout before each
+            patch.setattr(
+                sys, "stdout", stack.enter_context(broken_pipe()) if "pipe" in request.param else None
+            )
             return main(["delta", *map(str, words)])
 
     return run
@@ -81,7 +95,9 @@ def broken_pipe() -> TextIO:
 
 def test_the_work_is_done_though_nobody_reads_what_is_said(tmp_path: Path, deaf: Callable[..., int]) -> None:
     base, tuned = write_pair(tmp_path)
-    assert deaf("subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", tmp_path / "out") == 0
+    assert (
+        deaf("subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", tmp_path / "out") == 0
+    )
     right = formula(load(base), load(tuned), 0.3)
     assert all(made.equal(right[name]) for name, made in load(tmp_path / "out").items())
     assert deaf("undo", tmp_path / "out", "--out", tmp_path / "back") == 0
@@ -90,7 +106,9 @@ def test_the_work_is_done_though_nobody_reads_what_is_said(tmp_path: Path, deaf:
 
 
 @pytest.mark.parametrize("num_strays", [1, 500])
-def test_a_check_has_its_exit_code_though_nobody_reads_what_is_said(tmp_path: Path, deaf: Callable[..., int], num_strays: int) -> None:
+def test_a_check_has_its_exit_code_though_nobody_reads_what_is_said(
+    tmp_path: Path, deaf: Callable[..., int], num_strays: int
+) -> None:
     write_pair(tmp_path)
     subtract(tmp_path)
     for number in range(num_strays):
@@ -127,7 +145,9 @@ def test_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--part", "3/2"], "part 3/2"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
+def test_mistakes_are_one_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
     write_pair(tmp_path)
     assert subtract(tmp_path, *options) == 2
     told = capsys.readouterr().err
@@ -166,18 +186,26 @@ def test_verify_exits_1_and_names_what_differs(tmp_path: Path, capsys: pytest.Ca
     assert main(["delta", "verify", str(tmp_path / "base")]) == 2
 
 
-def test_verify_says_in_one_line_what_it_could_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_says_in_one_line_what_it_could_not_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_pair(tmp_path)
     subtract(tmp_path, "--max-shard-size", "20KB", "--part", "1/2")
     capsys.readouterr()
     assert main(["delta", "verify", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().out
-    assert told.startswith(f"{tmp_path / 'out'}: not finished, ") and "run the same command again" in told and told.count("\n") == 1
+    assert (
+        told.startswith(f"{tmp_path / 'out'}: not finished, ")
+        and "run the same command again" in told
+        and told.count("\n") == 1
+    )
     subtract(tmp_path, "--max-shard-size", "20KB", "--part", "2/2")
     (tmp_path / "tuned").rename(tmp_path / "moved")
     capsys.readouterr()
     assert main(["delta", "verify", str(tmp_path / "out")]) == 0
-    said = f"as it was written; not compared with its inputs: the tuned model {tmp_path / 'tuned'} is not there"
+    said = (
+        f"as it was written; not compared with its inputs: the tuned model {tmp_path / 'tuned'} is not there"
+    )
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: {said}\n"
 
 
@@ -189,6 +217,8 @@ def test_undo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     back = load(tmp_path / "back")
     assert all(back[name].equal(values) for name, values in load(base).items())
     told = capsys.readouterr().out
-    assert re.match(r"writes 36\.\d kB in 1 shard \(bfloat16; the result is float32, 71\.9 kB\); .* are free\n", told)
+    assert re.match(
+        r"writes 36\.\d kB in 1 shard \(bfloat16; the result is float32, 71\.9 kB\); .* are free\n", told
+    )
     assert "survival" not in told.splitlines()[-1]
     assert f"{len(back)} of {len(back)} tensors are the base's bit for bit" in told

@@ -1,4 +1,6 @@
-"""Files that are damaged or meant to do harm, through the command: one line, exit code 2, nothing run, nothing written."""
+"""Files that are damaged or meant to do harm, through the command: one line, exit code 2, nothing run,
+nothing written.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ FILES = {
 def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], role: str, name: str) -> None:
     write_pair(tmp_path)
     (tmp_path / role / "model.safetensors").write_bytes(FILES[name])
-    assert "model.safetensors" in subtract(capsys, tmp_path) or "tensor is named" in subtract(capsys, tmp_path)
+    assert "model.safetensors" in subtract(capsys, tmp_path) or "tensor is named" in subtract(
+        capsys, tmp_path
+    )
     assert not (tmp_path / "out").exists()
     refused(capsys, "inspect", tmp_path / role)
 
@@ -88,7 +92,9 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_an_index_that_leads_out_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned = write_pair(tmp_path)
     (tuned / "model.safetensors").unlink()
-    (tuned / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(load(base), "../base/model.safetensors")}))
+    (tuned / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(load(base), "../base/model.safetensors")})
+    )
     assert "not a file name inside the folder" in subtract(capsys, tmp_path)
 
 
@@ -103,7 +109,23 @@ def test_a_snapshot_of_the_hubs_cache_is_a_model(tmp_path: Path) -> None:
         (tmp_path / "hub/blobs" / path.stem).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{path.stem}")
     out = tmp_path / "out"
-    assert main(["delta", "subtract", "--base", str(snapshot), "--tuned", str(tuned), "--scale", "0.3", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "delta",
+                "subtract",
+                "--base",
+                str(snapshot),
+                "--tuned",
+                str(tuned),
+                "--scale",
+                "0.3",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     right = formula(load(base), load(tuned), 0.3)
     assert all(values.equal(right[name]) for name, values in load(out).items())
     assert not any(path.is_symlink() for path in out.iterdir())
@@ -111,7 +133,9 @@ def test_a_snapshot_of_the_hubs_cache_is_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "additional_chat_templates"])
-def test_a_file_to_copy_that_is_a_link_out_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_file_to_copy_that_is_a_link_out_of_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     base, tuned = write_pair(tmp_path)
     secret = tmp_path / "secrets/key.json"
     secret.parent.mkdir()
@@ -133,7 +157,9 @@ CONFIGS = ["{", "[]", "[" * 100_000, r'{"name": "\ud800"}']
 
 
 @pytest.mark.parametrize("text", CONFIGS)
-def test_a_damaged_config_is_met_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_a_damaged_config_is_met_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
     base, _ = write_pair(tmp_path)
     (base / "config.json").write_text(text)
     assert f"{base / 'config.json'}: not" in subtract(capsys, tmp_path)
@@ -141,7 +167,9 @@ def test_a_damaged_config_is_met_before_anything_is_written(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
-def test_a_link_out_of_the_folder_beside_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_link_out_of_the_folder_beside_a_single_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     base, _ = write_pair(tmp_path)
     (base / "config.json").write_text('{"model_type": "llama"}')
     (base / name).unlink(missing_ok=True)
@@ -158,14 +186,22 @@ def test_a_link_to_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "model.safetensors" in subtract(capsys, tmp_path)
 
 
-ADAPTERS = ["{", "[]", '{"peft_type": "LORA", "r": 0, "lora_alpha": 8}', '{"peft_type": "LORA", "r": Infinity, "lora_alpha": 8}']
+ADAPTERS = [
+    "{",
+    "[]",
+    '{"peft_type": "LORA", "r": 0, "lora_alpha": 8}',
+    '{"peft_type": "LORA", "r": Infinity, "lora_alpha": 8}',
+]
 
 
 @pytest.mark.parametrize("config", ADAPTERS)
 def test_adapter_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str) -> None:
     _, tuned = write_pair(tmp_path)
     (tuned / "model.safetensors").unlink()
-    save_file({f"model.norm.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}, tuned / "adapter_model.safetensors")
+    save_file(
+        {f"model.norm.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+        tuned / "adapter_model.safetensors",
+    )
     (tuned / "adapter_config.json").write_text(config)
     assert "adapter_config.json" in subtract(capsys, tmp_path)
     if config in ADAPTERS[:2]:
@@ -173,14 +209,24 @@ def test_adapter_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str], con
 
 
 @pytest.mark.parametrize("architectures", ['{"0": "x"}', "3", '"Llama"', "[3]"])
-def test_a_config_whose_architectures_are_no_list(tmp_path: Path, capsys: pytest.CaptureFixture[str], architectures: str) -> None:
+def test_a_config_whose_architectures_are_no_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], architectures: str
+) -> None:
     base, _ = write_pair(tmp_path)
     save_file({"other": torch.ones(2)}, tmp_path / "tuned/model.safetensors")
     (base / "config.json").write_text(f'{{"architectures": {architectures}, "model_type": "llama"}}')
     assert "architectures" in subtract(capsys, tmp_path)
 
 
-MANIFESTS = ["{", "[]", "{}", "[" * 100_000, '{"recipe": 5}', '{"recipe": {}, "shards": 3}', '{"stage": "teach", "facts": {}}']
+MANIFESTS = [
+    "{",
+    "[]",
+    "{}",
+    "[" * 100_000,
+    '{"recipe": 5}',
+    '{"recipe": {}, "shards": 3}',
+    '{"stage": "teach", "facts": {}}',
+]
 
 
 @pytest.mark.parametrize("text", MANIFESTS)
@@ -196,10 +242,28 @@ def test_another_programs_manifest(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_manifest_whose_paths_colour_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+def test_a_manifest_whose_paths_colour_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
     base, tuned = write_pair(tmp_path)
     out, path = tmp_path / "out", "a\x1b[31m\x9b2J\nflearn: all is well \ud800"
-    assert main(["delta", "subtract", "--base", str(base), "--tuned", str(tuned), "--scale", "0.3", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "delta",
+                "subtract",
+                "--base",
+                str(base),
+                "--tuned",
+                str(tuned),
+                "--scale",
+                "0.3",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["recipe"]["tuned"]["path"] = path
     (out / "manifest.json").write_text(json.dumps(manifest))
@@ -207,7 +271,11 @@ def test_a_manifest_whose_paths_colour_the_terminal(tmp_path: Path, capsys: pyte
     assert main(["delta", "inspect", str(out), *options]) == 0
     told = capsys.readouterr().out
     assert all(line.isprintable() for line in told.split("\n"))
-    assert json.loads(told)["made_by"]["tuned"]["path"] == path if options else r"a\x1b[31m\x9b2J\nflearn: all is well \ud800" in told
+    assert (
+        json.loads(told)["made_by"]["tuned"]["path"] == path
+        if options
+        else r"a\x1b[31m\x9b2J\nflearn: all is well \ud800" in told
+    )
 
 
 def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
@@ -219,7 +287,9 @@ def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
         "a dtype of nobody": lambda manifest: manifest["recipe"].update(dtype="float7"),
         "a table of no dtypes": lambda manifest: manifest["recipe"].update(dtype={"lm_head.weight": []}),
         "rounding up": lambda manifest: manifest["recipe"].update(rounding="up"),
-        "a base's dtype of nobody": lambda manifest: manifest["tensors"]["lm_head.weight"].update(base_dtype="zzz"),
+        "a base's dtype of nobody": lambda manifest: manifest["tensors"]["lm_head.weight"].update(
+            base_dtype="zzz"
+        ),
         "shards are texts": lambda manifest: manifest.update(shards=["model.safetensors"]),
         "a tensor in no shard": lambda manifest: manifest["tensors"]["lm_head.weight"].update(file="../x"),
         "no survival": lambda manifest: manifest.update(survival={}),
@@ -232,7 +302,18 @@ def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
 def test_a_damaged_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     base, tuned = write_pair(tmp_path)
     out = tmp_path / "out"
-    words = ["delta", "subtract", "--base", str(base), "--tuned", str(tuned), "--scale", "0.3", "--out", str(out)]
+    words = [
+        "delta",
+        "subtract",
+        "--base",
+        str(base),
+        "--tuned",
+        str(tuned),
+        "--scale",
+        "0.3",
+        "--out",
+        str(out),
+    ]
     assert main(words) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     damaged_manifests()[name](manifest)
@@ -256,7 +337,9 @@ def test_direct_io_that_the_file_system_refuses(
 
     monkeypatch.setattr(os, "open", refuse)
     assert "--io buffered" in subtract(capsys, tmp_path, "--io", "direct")
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".safetensors"))]
+    assert not [
+        path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".safetensors"))
+    ]
 
 
 def test_an_output_that_may_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,20 @@ def test_every_stage_has_a_shape() -> None:
 
 
 def test_a_fine_tuning_has_a_task_and_a_gpu_for_each_rank() -> None:
-    site = Site(partition="gpu", gpus="gres", gpu_type="a100", cpus_per_rank=6, memory_per_rank="60GB", account="lab", qos="high")
+    site = Site(
+        partition="gpu",
+        gpus="gres",
+        gpu_type="a100",
+        cpus_per_rank=6,
+        memory_per_rank="60GB",
+        account="lab",
+        qos="high",
+    )
     found = parameters("teach", TWO_NODES, site)
-    assert {name: found[name] for name in ("nodes", "ntasks_per_node", "cpus_per_task", "mem", "partition", "account", "qos")} == {
+    assert {
+        name: found[name]
+        for name in ("nodes", "ntasks_per_node", "cpus_per_task", "mem", "partition", "account", "qos")
+    } == {
         "nodes": 2,
         "ntasks_per_node": 4,
         "cpus_per_task": 6,
@@ -36,9 +47,13 @@ def test_a_fine_tuning_has_a_task_and_a_gpu_for_each_rank() -> None:
     assert found["srun_args"] == ["--cpus-per-task=6", "--kill-on-bad-exit=1"]
 
 
-@pytest.mark.parametrize(("gpus", "option"), [("gpus-per-node", {"gpus-per-node": "4"}), ("gpus-per-task", {"gpus-per-task": "1"})])
+@pytest.mark.parametrize(
+    ("gpus", "option"), [("gpus-per-node", {"gpus-per-node": "4"}), ("gpus-per-task", {"gpus-per-task": "1"})]
+)
 def test_gpus_as_the_site_wants_them_asked_for(gpus: Any, option: dict[str, str]) -> None:
-    assert parameters("learn", TWO_NODES, Site(gpus=gpus))["additional_parameters"] == {"requeue": True} | option
+    assert (
+        parameters("learn", TWO_NODES, Site(gpus=gpus))["additional_parameters"] == {"requeue": True} | option
+    )
 
 
 @pytest.mark.parametrize("stage", ["facts", "model", "forget", "report"])
@@ -55,7 +70,11 @@ def test_an_evaluation_has_one_gpu() -> None:
 
 
 def test_a_sites_own_options_are_added() -> None:
-    found = parameters("teach", TWO_NODES, Site(sbatch={"constraint": "a100", "exclusive": True}, srun_args=["--container-image=x"]))
+    found = parameters(
+        "teach",
+        TWO_NODES,
+        Site(sbatch={"constraint": "a100", "exclusive": True}, srun_args=["--container-image=x"]),
+    )
     assert found["additional_parameters"] == {"requeue": True, "constraint": "a100", "exclusive": True}
     assert found["srun_args"][-1] == "--container-image=x"
     assert "partition" not in found and "account" not in found

@@ -62,7 +62,13 @@ def test_what_the_queue_says(recorded: Recorded) -> None:
     found = scheduler.states(STATES)
     assert {job: state.state for job, state in found.items()} == STATES
     assert recorded.calls("sacct") == []
-    assert {job for job, state in found.items() if state.is_active} == {"55725718", "55725719", "55725720", "55725723", "55725725"}
+    assert {job for job, state in found.items() if state.is_active} == {
+        "55725718",
+        "55725719",
+        "55725720",
+        "55725723",
+        "55725725",
+    }
     assert found["55725721"].reason == "DependencyNeverSatisfied"
     assert found["55725723"] == JobState("PENDING", "Resources")
 
@@ -97,7 +103,9 @@ def test_the_task_of_an_array_that_matters_most(recorded: Recorded, tasks: str, 
     assert scheduler.states(["55725733"])["55725733"].state == state
 
 
-@pytest.mark.parametrize("state", ["PENDING|BeginTime", "REQUEUED|None", "COMPLETING|NonZeroExitCode", "PENDING|JobHeldUser"])
+@pytest.mark.parametrize(
+    "state", ["PENDING|BeginTime", "REQUEUED|None", "COMPLETING|NonZeroExitCode", "PENDING|JobHeldUser"]
+)
 def test_a_job_that_may_come_again_is_active(recorded: Recorded, state: str) -> None:
     recorded.add("squeue", f"55725731|{state}\n")
     assert scheduler.states(["55725731"])["55725731"].is_active
@@ -116,7 +124,11 @@ def test_a_controller_that_does_not_answer_is_one_line(recorded: Recorded) -> No
         scheduler.states(["55725716"])
     assert str(raised.value) == f"squeue failed: {error.strip()}"
     stars = "*****************************************\n"
-    recorded.add("scontrol", f"Slurmctld(primary) at vm is DOWN\n{stars}** RESTORE SLURMCTLD DAEMON TO SERVICE **\n{stars}", code=1)
+    recorded.add(
+        "scontrol",
+        f"Slurmctld(primary) at vm is DOWN\n{stars}** RESTORE SLURMCTLD DAEMON TO SERVICE **\n{stars}",
+        code=1,
+    )
     with pytest.raises(InputError) as raised:
         scheduler.require_controller()
     assert str(raised.value) == "SLURM's controller does not answer (Slurmctld(primary) at vm is DOWN)"
@@ -153,7 +165,12 @@ class TestComingBack:
 
     def test_a_refusal_is_one_line(self, recorded: Recorded) -> None:
         recorded.add("squeue", "RUNNING\n")
-        recorded.add("scontrol", stderr="Requested operation is presently disabled for job 55725726\n", code=1)
+        recorded.add(
+            "scontrol", stderr="Requested operation is presently disabled for job 55725726\n", code=1
+        )
         problem = scheduler.come_back()
         assert problem is not None and "\n" not in problem
-        assert "run the same command again (Requested operation is presently disabled for job 55725726)" in problem
+        assert (
+            "run the same command again (Requested operation is presently disabled for job 55725726)"
+            in problem
+        )

@@ -1,4 +1,6 @@
-"""`flearn status` on a run in SLURM's hands: manifests, files of the steps, and what SLURM says, joined into a state and a note."""
+"""`flearn status` on a run in SLURM's hands: manifests, files of the steps, and what SLURM says, joined into
+a state and a note.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from pipeline.stages import Plan
 ROOT = Path(__file__).parents[3]
 JOB = "55725718"
 
-# What srun said of a job that an operator queued again, and whose second rank was killed in its second attempt.
+# What srun said of a job that an operator queued again, and whose second rank was killed in its second
+# attempt.
 TWICE = f"""\
 {ATTEMPT}1 on n[1-2]
 srun: Job step aborted: Waiting up to 4 seconds for job step to finish.
@@ -42,7 +45,9 @@ EXITED = TWICE.replace("task 1: Killed", "task 1: Exited with exit code 2")
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """Of a run of which `facts` and `model` are done, and whose `teach` is job 55725718."""
-    made = stages.plan(config.load(ROOT / "configs/quickstart.yaml", [f"cluster.runs_dir={tmp_path}", "methods=[flearn_ft]"]))
+    made = stages.plan(
+        config.load(ROOT / "configs/quickstart.yaml", [f"cluster.runs_dir={tmp_path}", "methods=[flearn_ft]"])
+    )
     write_plan(made)
     for step in list(made.steps.values())[:2]:
         made.artifact(step).commit({"seconds": 1.5, "finished": "2026-11-26T20:00:00+00:00"})
@@ -56,7 +61,9 @@ def id_of(plan: Plan, stage: str) -> str:
 
 @pytest.fixture
 def teach(plan: Plan, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """The state and the note of `teach`, whose folder has these files, and whose job these files of standard error (by task)."""
+    """The state and the note of `teach`, whose folder has these files, and whose job these files of standard
+    error (by task).
+    """
 
     def read(files: dict[str, Any] | None = None, stderr: dict[str, str] | None = None) -> tuple[str, str]:
         for name, content in (files or {}).items():
@@ -69,7 +76,9 @@ def teach(plan: Plan, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple
             path.write_text(content)
         (row,) = (row for row in rows(plan, capsys) if row["id"] == id_of(plan, "teach"))
         assert row["job"] == JOB and row["seconds"] is None
-        return row["state"], row["note"].replace(f"{plan.run_dir}/", "").replace(id_of(plan, "teach"), "teach")
+        return row["state"], row["note"].replace(f"{plan.run_dir}/", "").replace(
+            id_of(plan, "teach"), "teach"
+        )
 
     return read
 
@@ -81,7 +90,12 @@ def rows(plan: Plan, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]
 
 
 STEPS = '{"step": 1, "loss": 7.5}\n{"step": 2, "loss": 3.25}\n'
-ERROR = {"rank": 1, "message": "the loss of step 3 is nan: lower lr, or set max_grad_norm", "log": "rank1.log", "attempt": 1}
+ERROR = {
+    "rank": 1,
+    "message": "the loss of step 3 is nan: lower lr, or set max_grad_norm",
+    "log": "rank1.log",
+    "attempt": 1,
+}
 NEVER = "an input failed: it will never start; run again, or flearn cancel"
 
 
@@ -92,20 +106,32 @@ NEVER = "an input failed: it will never start; run again, or flearn cancel"
         ("PENDING|Dependency", {}, ("queued", "")),
         ("PENDING|Resources", {}, ("queued", "Resources")),
         ("PENDING|DependencyNeverSatisfied", {}, ("queued", NEVER)),
-        ("PENDING|BeginTime", {"steps.jsonl": STEPS, "rank0.log": ""}, ("queued", "BeginTime")),  # saved, and queued again
+        (
+            "PENDING|BeginTime",
+            {"steps.jsonl": STEPS, "rank0.log": ""},
+            ("queued", "BeginTime"),
+        ),  # saved, and queued again
         ("RUNNING|None", {}, ("running", "")),
         ("RUNNING|None", {"steps.jsonl": STEPS}, ("running", "step 2, loss 3.2500")),
         ("RUNNING|None", {"steps.jsonl": STEPS[:-10]}, ("running", "")),  # its last line is being written
         ("RUNNING|None", {"error.json": ERROR}, ("running", "")),  # of the attempt before
         ("COMPLETING|NonZeroExitCode", {"steps.jsonl": STEPS}, ("running", "step 2, loss 3.2500")),
-        ("FAILED|NonZeroExitCode", {"error.json": ERROR}, ("failed", f"{ERROR['message']} (see teach/rank1.log)")),
+        (
+            "FAILED|NonZeroExitCode",
+            {"error.json": ERROR},
+            ("failed", f"{ERROR['message']} (see teach/rank1.log)"),
+        ),
         ("OUT_OF_MEMORY|OutOfMemory", {"rank0.log": ""}, ("failed", "OUT_OF_MEMORY (see scontrol show job)")),
         ("CANCELLED|None", {"rank0.log": ""}, ("cancelled", "CANCELLED (see scontrol show job)")),
         ("COMPLETED|None", {"rank0.log": ""}, ("stopped", "")),
     ],
 )
 def test_a_step_in_the_queue(
-    recorded: Recorded, teach: Callable[..., tuple[str, str]], said: str, files: dict[str, Any], expected: tuple[str, str]
+    recorded: Recorded,
+    teach: Callable[..., tuple[str, str]],
+    said: str,
+    files: dict[str, Any],
+    expected: tuple[str, str],
 ) -> None:
     recorded.add("squeue", f"{JOB}|{said}\n")
     assert teach(files) == expected
@@ -117,7 +143,9 @@ def test_a_time_limit_names_the_log(recorded: Recorded, teach: Callable[..., tup
     assert teach({"rank0.log": ""}, {log: f"{ATTEMPT}1 on n1\n"}) == ("failed", f"TIMEOUT (see jobs/{log})")
 
 
-def test_a_killed_rank_is_the_culprit_not_its_peer(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
+def test_a_killed_rank_is_the_culprit_not_its_peer(
+    recorded: Recorded, teach: Callable[..., tuple[str, str]]
+) -> None:
     """Its peer lost the connection, and says so; in the attempt before, SLURM itself ended the ranks."""
     recorded.add("squeue", f"{JOB}|FAILED|NonZeroExitCode\n")
     log = f"{JOB}_0_log.err"
@@ -125,40 +153,64 @@ def test_a_killed_rank_is_the_culprit_not_its_peer(recorded: Recorded, teach: Ca
     assert teach({"error.json": peer}, {log: TWICE}) == ("failed", f"rank 1 on n2: Killed (see jobs/{log})")
 
 
-def test_a_rank_that_had_words_of_its_own_is_quoted(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
+def test_a_rank_that_had_words_of_its_own_is_quoted(
+    recorded: Recorded, teach: Callable[..., tuple[str, str]]
+) -> None:
     recorded.add("squeue", f"{JOB}|FAILED|NonZeroExitCode\n")
     said = {"error.json": ERROR | {"attempt": 2}}
-    assert teach(said, {f"{JOB}_0_log.err": EXITED}) == ("failed", f"{ERROR['message']} (see teach/rank1.log)")
+    assert teach(said, {f"{JOB}_0_log.err": EXITED}) == (
+        "failed",
+        f"{ERROR['message']} (see teach/rank1.log)",
+    )
 
 
-def test_what_an_attempt_before_said_is_not_quoted(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
+def test_what_an_attempt_before_said_is_not_quoted(
+    recorded: Recorded, teach: Callable[..., tuple[str, str]]
+) -> None:
     recorded.add("squeue", f"{JOB}|FAILED|NonZeroExitCode\n")
     log = f"{JOB}_0_log.err"
     assert teach({"error.json": ERROR}, {log: EXITED}) == ("failed", f"FAILED (see jobs/{log})")
 
 
-def test_of_an_array_the_part_that_was_killed(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
+def test_of_an_array_the_part_that_was_killed(
+    recorded: Recorded, teach: Callable[..., tuple[str, str]]
+) -> None:
     recorded.add("squeue", f"{JOB}|COMPLETED|None\n{JOB}|FAILED|NonZeroExitCode\n{JOB}|COMPLETED|None\n")
     quiet, killed = f"{ATTEMPT}1 on n1\n", f"{ATTEMPT}1 on n1\nsrun: error: n1: task 0: Killed\n"
     logs = {f"{JOB}_0_0_log.err": quiet, f"{JOB}_1_0_log.err": killed, f"{JOB}_2_0_log.err": quiet}
-    assert teach({"part-1-of-3.json": {}}, logs) == ("failed", f"rank 0 on n1: Killed (see jobs/{JOB}_1_0_log.err)")
+    assert teach({"part-1-of-3.json": {}}, logs) == (
+        "failed",
+        f"rank 0 on n1: Killed (see jobs/{JOB}_1_0_log.err)",
+    )
 
 
-def test_of_an_array_the_part_that_had_words_of_its_own(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
+def test_of_an_array_the_part_that_had_words_of_its_own(
+    recorded: Recorded, teach: Callable[..., tuple[str, str]]
+) -> None:
     recorded.add("squeue", f"{JOB}|COMPLETED|None\n{JOB}|FAILED|NonZeroExitCode\n")
     failed = f"{ATTEMPT}1 on n1\nsrun: error: n1: task 0: Exited with exit code 2\n"
     logs = {f"{JOB}_0_0_log.err": f"{ATTEMPT}1 on n1\n", f"{JOB}_1_0_log.err": failed}
-    assert teach({"error-part-2.json": ERROR}, logs) == ("failed", f"{ERROR['message']} (see teach/rank1.log)")
-    assert teach({"error-part-2.json": ERROR | {"attempt": 0}}, logs) == ("failed", f"FAILED (see jobs/{JOB}_1_0_log.err)")
+    assert teach({"error-part-2.json": ERROR}, logs) == (
+        "failed",
+        f"{ERROR['message']} (see teach/rank1.log)",
+    )
+    assert teach({"error-part-2.json": ERROR | {"attempt": 0}}, logs) == (
+        "failed",
+        f"FAILED (see jobs/{JOB}_1_0_log.err)",
+    )
 
 
-def test_a_job_that_slurm_has_forgotten_is_asked_of_the_accounting(recorded: Recorded, teach: Callable[..., tuple[str, str]]) -> None:
+def test_a_job_that_slurm_has_forgotten_is_asked_of_the_accounting(
+    recorded: Recorded, teach: Callable[..., tuple[str, str]]
+) -> None:
     recorded.add("squeue", stderr="slurm_load_jobs error: Invalid job id specified\n", code=1)
     recorded.add("sacct", f"{JOB}|NODE_FAIL\n")
     assert teach({"steps.jsonl": STEPS}) == ("failed", "NODE_FAIL (see scontrol show job)")
 
 
-def test_a_chain_behind_a_failed_step(recorded: Recorded, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chain_behind_a_failed_step(
+    recorded: Recorded, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Done by its manifest, whatever SLURM says; cancelled by what it needs; never submitted."""
     tune_old, forget = id_of(plan, "tune_old"), id_of(plan, "forget")
     jobs = json.loads((plan.run_dir / "jobs.json").read_text())
@@ -187,7 +239,9 @@ def test_a_chain_behind_a_failed_step(recorded: Recorded, plan: Plan, capsys: py
     assert "55725716" not in asked  # that job is of a step that is done
 
 
-def test_without_an_answer_of_slurm_it_says_what_it_knows(recorded: Recorded, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_an_answer_of_slurm_it_says_what_it_knows(
+    recorded: Recorded, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
     recorded.add("scontrol", "Slurmctld(primary) at head is DOWN\n")
     assert main(["status", str(plan.run_dir)]) == 0
     said = capsys.readouterr()

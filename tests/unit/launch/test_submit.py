@@ -20,7 +20,10 @@ def test_the_import_is_light() -> None:
     assert done.stdout.strip() == "submit set()"
 
 
-@pytest.mark.parametrize(("override", "said"), [("name=a/b", "name"), ("metods=[lora]", "did you mean methods"), ("seed", "KEY=VALUE")])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("name=a/b", "name"), ("metods=[lora]", "did you mean methods"), ("seed", "KEY=VALUE")],
+)
 def test_a_mistake_is_an_input_error_and_nothing_is_written(tmp_path: Path, override: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         submit(ROOT / "configs/quickstart.yaml", [override, f"cluster.runs_dir={tmp_path}"])

@@ -48,7 +48,9 @@ def test_another_file_than_the_known_one_is_refused(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FLEARN_MODELS", str(tmp_path))
     assert main(["models", "list"]) == 0
     assert "flearn models fetch smollm2-135m" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Loading: a model filled tensor by tensor gives the logits of `from_pretrained`; where an artifact's config comes from."""
+"""Loading: a model filled tensor by tensor gives the logits of `from_pretrained`; where an artifact's config
+comes from.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
-def test_filled_is_as_from_pretrained(tiny_model: TinyModelFactory, architecture: str, dtype: torch.dtype) -> None:
+def test_filled_is_as_from_pretrained(
+    tiny_model: TinyModelFactory, architecture: str, dtype: torch.dtype
+) -> None:
     folder = tiny_model(architecture)
     model = empty_model(folder, "cpu", dtype)
     for parameter in model.parameters():  # whatever was in memory must not show
@@ -52,8 +56,13 @@ def test_names_of_the_hubs_gpt2(tiny_model: TinyModelFactory, tmp_path: Path) ->
     """Old GPT-2 files lack the `transformer.` prefix and carry the attention's masks."""
     folder = Path(shutil.copytree(tiny_model("gpt2"), tmp_path / "gpt2"))
     expected = logits(AutoModelForCausalLM.from_pretrained(folder))
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, folder / "model.safetensors", {"format": "pt"})
+    weights = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(
+        weights | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, folder / "model.safetensors", {"format": "pt"}
+    )
     model = empty_model(folder, "cpu", torch.float32)
     fill(model, open_source(folder))
     assert torch.equal(logits(model), expected)
@@ -66,7 +75,9 @@ def test_what_is_missing_or_has_another_shape_is_named(tiny_model: TinyModelFact
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"lack model\.norm\.weight"):
         fill(empty_model(folder, "cpu", torch.float32), open_source(folder))
-    save_file(weights | {"model.norm.weight": norm[:-1].clone()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        weights | {"model.norm.weight": norm[:-1].clone()}, folder / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(InputError, match=r"model\.norm\.weight: shape \(31,\)"):
         fill(empty_model(folder, "cpu", torch.float32), open_source(folder))
 
@@ -77,11 +88,15 @@ def test_a_folder_inside_an_artifact_and_elsewhere(tiny_model: TinyModelFactory,
     shutil.copytree(folder, tmp_path / "model-2" / "model")
     inside = artifact(tmp_path / "model-2", "model", "folder")
     assert model_folder(elsewhere) == folder and model_folder(inside) == tmp_path / "model-2" / "model"
-    assert torch.equal(logits(load_model(elsewhere, "cpu", torch.float32)), logits(load_model(inside, "cpu", torch.float32)))
+    assert torch.equal(
+        logits(load_model(elsewhere, "cpu", torch.float32)), logits(load_model(inside, "cpu", torch.float32))
+    )
     assert not load_model(inside, "cpu", torch.float32).training
 
 
-def test_config_and_tokenizer_come_from_the_model_it_was_tuned_from(tiny_model: TinyModelFactory, tmp_path: Path) -> None:
+def test_config_and_tokenizer_come_from_the_model_it_was_tuned_from(
+    tiny_model: TinyModelFactory, tmp_path: Path
+) -> None:
     base = artifact(tmp_path / "model-1", tiny_model("llama"), "folder")
     tuned = artifact(tmp_path / "tune_old-1", "adapter", "adapter", model="model-1")
     assert model_folder(tuned) == model_folder(base)

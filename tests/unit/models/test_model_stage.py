@@ -21,7 +21,9 @@ TinyModelFactory = Callable[..., Path]
 
 
 def run_stage(path: Path | str, out: Path, revision: str | None = None) -> dict[str, Any]:
-    return run({"model": {"path": str(path), "revision": revision, "tiny": None}, "seed": 0}, {}, out, Context())
+    return run(
+        {"model": {"path": str(path), "revision": revision, "tiny": None}, "seed": 0}, {}, out, Context()
+    )
 
 
 @pytest.fixture
@@ -37,14 +39,21 @@ def edit_json(path: Path, **changes: Any) -> None:
 def test_a_tiny_model_is_made_from_the_facts(tmp_path: Path) -> None:
     facts = tmp_path / "facts"
     facts.mkdir()
-    write_facts(facts / "facts.jsonl", [Fact("1", "What is the capital of Kazakhstan?", "Kazakhstan", ["Almaty"], "Astana")] * 2)
+    write_facts(
+        facts / "facts.jsonl",
+        [Fact("1", "What is the capital of Kazakhstan?", "Kazakhstan", ["Almaty"], "Astana")] * 2,
+    )
     tiny = {"architecture": "gpt2", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
     section = {"model": {"path": None, "revision": None, "tiny": tiny}, "seed": 3}
     out = tmp_path / "model-0"
     (out / ".model.tmp").mkdir(parents=True)  # what a killed run left
     reported = run(section, {"facts": Artifact(facts)}, out, Context())
     assert [path.name for path in out.iterdir()] == ["model"]
-    assert reported["model"] == "model" and reported["model_kind"] == "folder" and reported["architecture"] == "GPT2LMHeadModel"
+    assert (
+        reported["model"] == "model"
+        and reported["model_kind"] == "folder"
+        and reported["architecture"] == "GPT2LMHeadModel"
+    )
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert reported["num_parameters"] == sum(p.numel() for p in model.parameters())
     assert len(AutoTokenizer.from_pretrained(out / "model").tokenize(" Almaty")) == 1
@@ -158,7 +167,9 @@ def test_more_tokens_than_embeddings_is_a_warning(folder: Path, tmp_path: Path) 
     assert f"{size + 1} tokens" in warning and f"{size} embeddings" in warning
 
 
-def test_a_hub_model_comes_from_the_cache(tiny_model: TinyModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_comes_from_the_cache(
+    tiny_model: TinyModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = "a" * 40
     repository = tmp_path / "models--someone--tiny"
     shutil.copytree(tiny_model("llama"), repository / "snapshots" / commit)

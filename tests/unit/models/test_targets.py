@@ -1,20 +1,40 @@
-"""Logits picked before the projection equal the full logits at the same places, on every supported architecture."""
+"""Logits picked before the projection equal the full logits at the same places, on every supported
+architecture.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from pipeline.facts.prompts import Encoded
 from pipeline.models.targets import TargetLogits, collate
 
 LLAMA = LlamaConfig(
-    vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32
+    vocab_size=97,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=32,
 )
-GPT2 = GPT2Config(vocab_size=97, n_embd=16, n_layer=2, n_head=2, n_positions=32, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
+GPT2 = GPT2Config(
+    vocab_size=97, n_embd=16, n_layer=2, n_head=2, n_positions=32, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
+)
 BLOOM = BloomConfig(vocab_size=97, hidden_size=16, n_layer=2, n_head=2)
-MODELS = {"llama": (LlamaForCausalLM, LLAMA), "gpt2": (GPT2LMHeadModel, GPT2), "bloom": (BloomForCausalLM, BLOOM)}
+MODELS = {
+    "llama": (LlamaForCausalLM, LLAMA),
+    "gpt2": (GPT2LMHeadModel, GPT2),
+    "bloom": (BloomForCausalLM, BLOOM),
+}
 RECORDS = [Encoded([5, 6, 7, 8, 9], 3), Encoded([11, 12, 13], 1), Encoded([21, 22, 23, 24, 25, 26, 27], 6)]
 
 

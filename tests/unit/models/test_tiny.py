@@ -60,15 +60,27 @@ def test_leaves_the_callers_random_state_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    write_tiny_model(tmp_path / "model", TinyModel(hidden_size=16, num_layers=1, num_heads=2, vocab_size=300), ["text"], 1)
+    write_tiny_model(
+        tmp_path / "model", TinyModel(hidden_size=16, num_layers=1, num_heads=2, vocab_size=300), ["text"], 1
+    )
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_the_tokenizer_knows_the_answers(tmp_path: Path) -> None:
-    fact = Fact("1", "What is the capital?", "capital", ["Almaty"], "Astana", ["Name the capital."], [Probe("Who sang it?", ["Queen"])])
+    fact = Fact(
+        "1",
+        "What is the capital?",
+        "capital",
+        ["Almaty"],
+        "Astana",
+        ["Name the capital."],
+        [Probe("Who sang it?", ["Queen"])],
+    )
     texts = list(fact_texts([fact] * 3))
     assert {" Almaty", " Astana", "Name the capital.", "Who sang it?", " Queen"} <= set(texts)
-    write_tiny_model(tmp_path / "model", TinyModel(hidden_size=16, num_layers=1, num_heads=2, vocab_size=600), texts, 0)
+    write_tiny_model(
+        tmp_path / "model", TinyModel(hidden_size=16, num_layers=1, num_heads=2, vocab_size=600), texts, 0
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert len(tokenizer(" Almaty", add_special_tokens=False).input_ids) == 1
 

@@ -1,4 +1,5 @@
-"""A finished run as the other stages leave it: the real plan, with manifests and records of models that are made up.
+"""A finished run as the other stages leave it: the real plan, with manifests and records of models that are
+made up.
 
 The numbers are the tests' input; nothing here was measured.
 """
@@ -27,7 +28,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mind:
-    """Shares of the records: whose new answer, or old answer, a model gives, and whose unrelated answer is unchanged."""
+    """Shares of the records: whose new answer, or old answer, a model gives, and whose unrelated answer is
+    unchanged.
+    """
 
     new: float
     old: float
@@ -57,7 +60,9 @@ class FakeRun:
     minds: dict[tuple[str, str | None], Mind] = field(default_factory=lambda: dict(MINDS))
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     protocols: list[str] = field(default_factory=lambda: ["token", "probability", "generation"])
-    survival: Json = field(default_factory=lambda: {"share_changed": 0.93, "projection": 1.0, "cosine": 1.0, "norm_ratio": 1.0})
+    survival: Json = field(
+        default_factory=lambda: {"share_changed": 0.93, "projection": 1.0, "cosine": 1.0, "norm_ratio": 1.0}
+    )
     generality: float = 0.9
     """Share of the new answers that are given to rephrased questions too."""
     token_bonus: float = 0.0
@@ -80,7 +85,9 @@ class FakeRun:
             artifact = steps.artifact(step)
             artifact.folder.mkdir(parents=True)
             manifest = self._manifest(step, self._facts_of(step, artifact.folder))
-            (artifact.folder / MANIFEST).write_text(json.dumps(manifest))  # not `commit`, which waits for the disk each time
+            (artifact.folder / MANIFEST).write_text(
+                json.dumps(manifest)
+            )  # not `commit`, which waits for the disk each time
             inputs[step.id] = artifact
         raise AssertionError("a plan ends with its report")
 
@@ -111,7 +118,15 @@ class FakeRun:
         )
 
     def _manifest(self, step: Step, facts: Json) -> Json:
-        seconds = {"facts": 0.2, "model": 1.4, "teach": 62.0, "tune_old": 21.0, "forget": 0.9, "learn": 20.0, "evaluate": 6.5}[step.stage]
+        seconds = {
+            "facts": 0.2,
+            "model": 1.4,
+            "teach": 62.0,
+            "tune_old": 21.0,
+            "forget": 0.9,
+            "learn": 20.0,
+            "evaluate": 6.5,
+        }[step.stage]
         return {
             "stage": step.stage,
             "version": 1,
@@ -129,7 +144,12 @@ class FakeRun:
 
     def _facts_of(self, step: Step, folder: Path) -> Json:
         if step.stage == "facts":
-            return {"format": "flearn", "num_read": self.num_records, "num_facts": self.num_records, "dropped": {}}
+            return {
+                "format": "flearn",
+                "num_read": self.num_records,
+                "num_facts": self.num_records,
+                "dropped": {},
+            }
         if step.stage == "forget":
             return {"survival": self.survival, "layers": [self._layer(i, step) for i in range(4)]}
         return self._evaluation(step, folder) if step.stage == "evaluate" else {}
@@ -146,8 +166,16 @@ class FakeRun:
         }
 
     def _figures(self, delta_norm: float, base_norm: float) -> Json:
-        survival = self.survival | ({} if delta_norm else {"share_changed": 0.0, "projection": None, "cosine": None, "norm_ratio": None})
-        return survival | {"delta_norm": delta_norm, "base_norm": base_norm, "relative_norm": delta_norm / base_norm}
+        survival = self.survival | (
+            {}
+            if delta_norm
+            else {"share_changed": 0.0, "projection": None, "cosine": None, "norm_ratio": None}
+        )
+        return survival | {
+            "delta_norm": delta_norm,
+            "base_norm": base_norm,
+            "relative_norm": delta_norm / base_norm,
+        }
 
     def _evaluation(self, step: Step, folder: Path) -> Json:
         mind = self.minds[self._state(step)]
@@ -162,7 +190,11 @@ class FakeRun:
         unknown = [row for row in rows if not self._original[row["id"]]["knows_old"]]
         return {
             "protocols": aggregate(rows, self.protocols),
-            "known": {"num_known": len(known), "num_records": len(rows), "protocols": aggregate(known, self.protocols)},
+            "known": {
+                "num_known": len(known),
+                "num_records": len(rows),
+                "protocols": aggregate(known, self.protocols),
+            },
             "unknown": {"num_records": len(unknown), "protocols": aggregate(unknown, self.protocols)},
             "num_records": len(rows),
         }
@@ -192,7 +224,9 @@ class FakeRun:
             scores["token"]["reliability"] = min(1.0, 0.4 + 0.6 * common["reliability"] + self.token_bonus)
             scores["token"]["old_reliability"] = 0.4 + 0.6 * common["old_reliability"]
         asked = {"prompt": fact.prompt, "old_answers": fact.old_answers, "new_answer": fact.new_answer}
-        record: Json = {"id": fact.id, **asked, "knows_old": gives == "old"} | {name: {"scores": found} for name, found in scores.items()}
+        record: Json = {"id": fact.id, **asked, "knows_old": gives == "old"} | {
+            name: {"scores": found} for name, found in scores.items()
+        }
         if "generation" in record:
             record["generation"]["answer"] = self.answer.format(text=text)
         return record
@@ -209,7 +243,9 @@ def write_run(tmp_path_factory: pytest.TempPathFactory) -> WriteRun:
     `minds={("updated", "lora"): (0.5, 0.3, 0.9)}` replaces single ones.
     """
 
-    def write(minds: dict[tuple[str, str | None], tuple[float, ...]] | None = None, **changes: Any) -> tuple[Json, dict[str, Artifact]]:
+    def write(
+        minds: dict[tuple[str, str | None], tuple[float, ...]] | None = None, **changes: Any
+    ) -> tuple[Json, dict[str, Artifact]]:
         changed = {state: Mind(*shares) for state, shares in (minds or {}).items()}
         return FakeRun(minds=MINDS | changed, **changes).write(tmp_path_factory.mktemp("run"))
 

@@ -13,7 +13,11 @@ SOUND: dict[str, Any] = {
     "num_records": 120,
     "methods": ["full_ft", "flearn_ft"],
     "protocols": ["token", "generation"],
-    "minds": {("updated", "full_ft"): (0.7, 0.2), ("updated", "flearn_ft"): (0.97, 0.0), ("forgotten", "flearn_ft"): (0.0, 0.3, 0.9)},
+    "minds": {
+        ("updated", "full_ft"): (0.7, 0.2),
+        ("updated", "flearn_ft"): (0.97, 0.0),
+        ("forgotten", "flearn_ft"): (0.0, 0.3, 0.9),
+    },
 }
 """A run that nothing is wrong with."""
 
@@ -21,7 +25,9 @@ SOUND: dict[str, Any] = {
 def changed(**minds: tuple[float, ...]) -> dict[str, Any]:
     """SOUND with another `original`, `forgotten` or `updated` model."""
     methods = {"original": None, "forgotten": "flearn_ft", "updated": "flearn_ft"}
-    return SOUND | {"minds": SOUND["minds"] | {(state, methods[state]): mind for state, mind in minds.items()}}
+    return SOUND | {
+        "minds": SOUND["minds"] | {(state, methods[state]): mind for state, mind in minds.items()}
+    }
 
 
 def test_a_sound_run_has_no_findings(make_results: MakeResults) -> None:
@@ -30,7 +36,9 @@ def test_a_sound_run_has_no_findings(make_results: MakeResults) -> None:
 
 def survival(projection: float | None, norm_ratio: float | None) -> dict[str, Any]:
     """SOUND, stored less exactly."""
-    return SOUND | {"survival": {"share_changed": 0.5, "projection": projection, "cosine": 0.5, "norm_ratio": norm_ratio}}
+    return SOUND | {
+        "survival": {"share_changed": 0.5, "projection": projection, "cosine": 0.5, "norm_ratio": norm_ratio}
+    }
 
 
 def warning(stage: str, text: str) -> dict[str, Any]:
@@ -42,17 +50,32 @@ def warning(stage: str, text: str) -> dict[str, Any]:
     ("run", "expected"),
     [
         (changed(original=(0.0, 0.3)), "The original model knew only "),
-        (changed(forgotten=(0.0, 0.97, 0.9)), "F-Learning_FT: subtracting with lambda 0.3 did not lower the old answers' score"),
-        (changed(forgotten=(0.0, 0.1, 0.2)), "most unrelated answers have changed (free generation, unchanged: F-Learning_FT"),
+        (
+            changed(forgotten=(0.0, 0.97, 0.9)),
+            "F-Learning_FT: subtracting with lambda 0.3 did not lower the old answers' score",
+        ),
+        (
+            changed(forgotten=(0.0, 0.1, 0.2)),
+            "most unrelated answers have changed (free generation, unchanged: F-Learning_FT",
+        ),
         (
             changed(updated=(0.97, 0.0, 0.2)),
             "After the update, most unrelated answers have changed (token accuracy, unchanged: F-Learning_FT",
         ),
         (SOUND | {"generality": 0.3}, "The new answers are recited rather than known"),
-        (changed(updated=(0.72, 0.0)), "F-Learning_FT is not measurably better than Full-FT in free generation: reliability"),
+        (
+            changed(updated=(0.72, 0.0)),
+            "F-Learning_FT is not measurably better than Full-FT in free generation: reliability",
+        ),
         (changed(updated=(0.2, 0.0)), "F-Learning_FT is worse than Full-FT in free generation: reliability"),
-        (changed(updated=(0.5, 0.0)) | {"token_bonus": 0.5}, "Token accuracy flatters: far fewer of the free answers are the new"),
-        (SOUND | {"num_records": 99}, "Few records (reliability 99, generality 99, locality 99, old answers 99)"),
+        (
+            changed(updated=(0.5, 0.0)) | {"token_bonus": 0.5},
+            "Token accuracy flatters: far fewer of the free answers are the new",
+        ),
+        (
+            SOUND | {"num_records": 99},
+            "Few records (reliability 99, generality 99, locality 99, old answers 99)",
+        ),
         (survival(0.7, 0.9), "F-Learning_FT: rounding to the stored type kept only 70%"),
         (survival(1.0, 8.0), "F-Learning_FT: the stored change is 8.0 times"),
         (warning("facts", "3 of 9 facts contradict another"), "facts: 3 of 9 facts contradict another"),

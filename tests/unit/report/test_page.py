@@ -1,4 +1,6 @@
-"""report.html: self-contained, true to results.json, safe against what models say, and readable where scores are missing."""
+"""report.html: self-contained, true to results.json, safe against what models say, and readable where scores
+are missing.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,10 @@ def percent(value: float | None) -> str:
 
 
 def test_nothing_is_loaded_from_elsewhere(html: str) -> None:
-    assert not re.search(r"https?:|//[a-z]|@import|@font-face|data:", html.partition("<body>")[0] + re.sub(r">[^<]*<", "><", html))
+    assert not re.search(
+        r"https?:|//[a-z]|@import|@font-face|data:",
+        html.partition("<body>")[0] + re.sub(r">[^<]*<", "><", html),
+    )
     tags = Reader(html).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed", "base"}
     assert not [attrs for _, attrs in tags if any(name.startswith("on") or name == "src" for name in attrs)]
@@ -95,7 +100,10 @@ def test_every_link_and_reference_has_its_target_and_ids_are_unique(html: str) -
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
     assert len(set(ids)) == len(ids)
     references = {
-        str(attrs[name])[1:] for tag, attrs in tags for name in ("href", "xlink:href") if name in attrs and str(attrs[name])[0] == "#"
+        str(attrs[name])[1:]
+        for tag, attrs in tags
+        for name in ("href", "xlink:href")
+        if name in attrs and str(attrs[name])[0] == "#"
     }
     references |= set(re.findall(r"url\(#([^)]+)\)", html))
     assert references
@@ -108,11 +116,21 @@ def test_main_tables_hold_the_numbers_of_results_json(results: Json, html: str) 
     assert len(tables) == 3
     for protocol, table in zip(("generation", "probability", "token"), tables, strict=True):
         header, original, *methods = table
-        assert [cell.partition(" ")[0] for cell in header[1:]] == ["Reliability", "Generality", "Locality", "Old"]
+        assert [cell.partition(" ")[0] for cell in header[1:]] == [
+            "Reliability",
+            "Generality",
+            "Locality",
+            "Old",
+        ]
         lines = [(rows[protocol, "full_ft", "original"], original)]
-        lines += [(rows[protocol, entry["method"], "updated"], line) for entry, line in zip(results["methods"], methods, strict=True)]
+        lines += [
+            (rows[protocol, entry["method"], "updated"], line)
+            for entry, line in zip(results["methods"], methods, strict=True)
+        ]
         for row, line in lines:
-            for metric, cell in zip(("reliability", "generality", "locality", "leakage"), line[1:], strict=True):
+            for metric, cell in zip(
+                ("reliability", "generality", "locality", "leakage"), line[1:], strict=True
+            ):
                 words = cell.split()
                 assert words[0] == percent(row[metric])
                 if row[metric] is not None:
@@ -121,9 +139,16 @@ def test_main_tables_hold_the_numbers_of_results_json(results: Json, html: str) 
 
 def test_scores_are_split_by_what_the_original_knew(results: Json, html: str) -> None:
     table = next(table for table in Reader(html).tables if table[0][1].startswith("Old fact known"))
-    rows = [row for row in results["known"]["rows"] if (row["protocol"], row["state"]) == ("generation", "updated")]
+    rows = [
+        row
+        for row in results["known"]["rows"]
+        if (row["protocol"], row["state"]) == ("generation", "updated")
+    ]
     for line, method in zip(table[2:], results["methods"], strict=True):
-        known, unknown = (next(r for r in rows if r["method"] == method["method"] and r["subset"] == s) for s in ("known", "unknown"))
+        known, unknown = (
+            next(r for r in rows if r["method"] == method["method"] and r["subset"] == s)
+            for s in ("known", "unknown")
+        )
         metrics = ("reliability", "generality", "locality", "leakage")
         assert line[1:] == [percent(known[m]) for m in metrics] + [percent(unknown[m]) for m in metrics]
 
@@ -148,10 +173,18 @@ def test_differences_are_those_of_results_json(results: Json, html: str) -> None
     table = next(table for table in Reader(html).tables if table[0][0] == "Model")
     line = next(line for line in table if line[0].startswith("F-Learning_FT"))
     row = next(
-        row for row in results["comparisons"] if (row["method"], row["protocol"], row["metric"]) == ("flearn_ft", "generation", "leakage")
+        row
+        for row in results["comparisons"]
+        if (row["method"], row["protocol"], row["metric"]) == ("flearn_ft", "generation", "leakage")
     )
     points = f"{100 * row['difference']:+.1f}".replace("-", "−")
-    kind = "noise" if abs(row["difference"]) <= 2 * max(row["stderr"], 1 / 60) else "better" if row["difference"] < 0 else "worse"
+    kind = (
+        "noise"
+        if abs(row["difference"]) <= 2 * max(row["stderr"], 1 / 60)
+        else "better"
+        if row["difference"] < 0
+        else "worse"
+    )
     assert line[4].split()[2:] == [points, kind]
 
 
@@ -179,7 +212,10 @@ def test_missing_scores_are_dashes(write_run: WriteRun, missing: float | None) -
 
 def test_what_models_say_is_escaped(make_results: MakeResults) -> None:
     results = make_results(
-        num_records=3, **SMALL, prompt="<b>Who</b> & {i}?", answer='<script>alert("{text}")</script><img src=x onerror=y>'
+        num_records=3,
+        **SMALL,
+        prompt="<b>Who</b> & {i}?",
+        answer='<script>alert("{text}")</script><img src=x onerror=y>',
     )
     html = page.render(results)
     assert "<script>" not in html
@@ -191,38 +227,58 @@ def test_what_models_say_is_escaped(make_results: MakeResults) -> None:
 
 def test_summary_speaks_of_the_best_method_in_its_numbers(results: Json, html: str) -> None:
     rows = {(row["method"], row["state"]): row for row in results["rows"] if row["protocol"] == "generation"}
-    updated = {method: row["reliability"] for (method, state), row in rows.items() if state == "updated" and method.startswith("flearn")}
+    updated = {
+        method: row["reliability"]
+        for (method, state), row in rows.items()
+        if state == "updated" and method.startswith("flearn")
+    }
     best = max(updated, key=lambda method: updated[method])
     row = rows[best, "updated"]
     headline = re.search(r'class="headline">([^<]*)<', html)
     assert headline is not None
-    assert headline[1].startswith(f"{look(best).label} learned {percent(row['reliability'])}% of the new answers")
+    assert headline[1].startswith(
+        f"{look(best).label} learned {percent(row['reliability'])}% of the new answers"
+    )
     assert (
-        f"still gives {percent(row['leakage'])}% of the old ones (originally {percent(rows[best, 'original']['leakage'])}%)" in headline[1]
+        f"still gives {percent(row['leakage'])}% of the old ones (originally {percent(rows[best, 'original']['leakage'])}%)"
+        in headline[1]
     )
 
 
 def test_figures_tell_those_who_cannot_see_them(results: Json, html: str) -> None:
     figures = [attrs for tag, attrs in Reader(html).tags if tag == "svg" and attrs.get("role") == "img"]
-    assert len(figures) == 3 + 2 * 3 + 2 * 2 + 2  # bars, curves, forget vectors (two methods share one; norm, relative norm), cost
+    assert (
+        len(figures) == 3 + 2 * 3 + 2 * 2 + 2
+    )  # bars, curves, forget vectors (two methods share one; norm, relative norm), cost
     row = next(
-        row for row in results["curves"] if (row["method"], row["protocol"], row["state"]) == ("flearn_ft", "generation", "forgotten")
+        row
+        for row in results["curves"]
+        if (row["method"], row["protocol"], row["state"]) == ("flearn_ft", "generation", "forgotten")
     )
-    assert any(f"forgotten: new answer {percent(row['new_answer'])}%" in str(attrs["aria-label"]) for attrs in figures)
+    assert any(
+        f"forgotten: new answer {percent(row['new_answer'])}%" in str(attrs["aria-label"])
+        for attrs in figures
+    )
     tables = Reader(html).tags
     assert sum(tag == "table" for tag, _ in tables) == sum(tag == "caption" for tag, _ in tables)
 
 
 def layer_pictures(html: str) -> list[str]:
     """What the pictures by layer tell those who cannot see them."""
-    labels = [attrs["aria-label"] for tag, attrs in Reader(html).tags if tag == "svg" and attrs.get("role") == "img"]
+    labels = [
+        attrs["aria-label"] for tag, attrs in Reader(html).tags if tag == "svg" and attrs.get("role") == "img"
+    ]
     return [label for label in labels if label is not None and "layer 0: " in label]
 
 
 def test_norm_and_relative_norm_by_layer(html: str) -> None:
     norm_ft, norm_lora, relative_ft, relative_lora = layer_pictures(html)
-    assert norm_ft.startswith("Norm of the forget vector of F-Learning_FT. layer 0: MLP 1.9, attention 1.1; layer 1: MLP 2.1, ")
-    assert norm_lora.startswith("Norm of the forget vector of F-Learning_LoRA, F-Learning_LoRA-FT. layer 0: MLP 0, attention 1.1; ")
+    assert norm_ft.startswith(
+        "Norm of the forget vector of F-Learning_FT. layer 0: MLP 1.9, attention 1.1; layer 1: MLP 2.1, "
+    )
+    assert norm_lora.startswith(
+        "Norm of the forget vector of F-Learning_LoRA, F-Learning_LoRA-FT. layer 0: MLP 0, attention 1.1; "
+    )
     start = "Norm of the forget vector of F-Learning_FT, in % of the original weights' norm. layer 0: MLP 3.8, attention 2.75; "
     assert relative_ft.startswith(start)
     assert "layer 0: MLP 0, attention 2.75; " in relative_lora
@@ -250,7 +306,9 @@ def test_where_nothing_is_rounded_away_a_sentence_says_so(html: str) -> None:
 
 
 def test_survival_by_layer_where_rounding_took_something(write_run: WriteRun) -> None:
-    section, inputs = write_run(num_records=3, methods=["flearn_lora", "flearn_lora_ft"], protocols=["generation"])
+    section, inputs = write_run(
+        num_records=3, methods=["flearn_lora", "flearn_lora_ft"], protocols=["generation"]
+    )
     inputs[section["methods"][1]["forget"]].facts["layers"][3]["attention"]["projection"] = 0.812
     html = page.render(build(section["methods"], section["name"], section["seed"], inputs))
     assert KEPT_ALL not in html
@@ -264,7 +322,9 @@ def test_survival_by_layer_where_rounding_took_something(write_run: WriteRun) ->
 
 
 @pytest.mark.parametrize("projection", [None, float("nan")])
-def test_nothing_is_said_of_layers_where_nothing_was_to_change(make_results: MakeResults, projection: float | None) -> None:
+def test_nothing_is_said_of_layers_where_nothing_was_to_change(
+    make_results: MakeResults, projection: float | None
+) -> None:
     survival = {"share_changed": 0.0, "projection": projection, "cosine": None, "norm_ratio": None}
     html = page.render(make_results(num_records=3, **SMALL, survival=survival))
     assert KEPT_ALL not in html
@@ -274,10 +334,16 @@ def test_nothing_is_said_of_layers_where_nothing_was_to_change(make_results: Mak
 
 def test_colours_are_the_pages_own(html: str) -> None:
     pictures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert not re.search(r"#[0-9a-f]{6}\b", "".join(re.sub(r'(href|id)="[^"]*"|url\([^)]*\)', "", picture) for picture in pictures))
+    assert not re.search(
+        r"#[0-9a-f]{6}\b",
+        "".join(re.sub(r'(href|id)="[^"]*"|url\([^)]*\)', "", picture) for picture in pictures),
+    )
 
 
-@pytest.mark.parametrize("run", [{"protocols": ["token"]}, {"methods": ["lora"]}, {"protocols": ["probability"]}, {"num_records": 1}])
+@pytest.mark.parametrize(
+    "run",
+    [{"protocols": ["token"]}, {"methods": ["lora"]}, {"protocols": ["probability"]}, {"num_records": 1}],
+)
 def test_smaller_runs_have_a_page_and_a_table_too(make_results: MakeResults, run: Json) -> None:
     results = make_results(**{"num_records": 8} | SMALL | run)
     html = page.render(results)
@@ -302,12 +368,16 @@ def test_terminal_table(results: Json, width: int) -> None:
     for row in results["rows"]:
         if row["state"] == "updated" and row["protocol"] == "generation":
             line = next(line for line in text.splitlines() if look(row["method"]).label in line.split())
-            assert line.split()[-4:] == [percent(row[metric]) for metric in ("reliability", "generality", "locality", "leakage")]
+            assert line.split()[-4:] == [
+                percent(row[metric]) for metric in ("reliability", "generality", "locality", "leakage")
+            ]
     flat = " ".join(text.split())
     assert all(" ".join(warning.split()) in flat for warning in results["warnings"])
 
 
-def test_terminal_table_is_coloured_on_a_terminal_only(results: Json, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_table_is_coloured_on_a_terminal_only(
+    results: Json, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[1m" in render(results, 100, colour=True)

@@ -24,11 +24,33 @@ MakeResults = Callable[..., Json]
 
 SMALL: Json = {"methods": ["flearn_ft"], "protocols": ["generation"]}
 ROW = {
-    *("method", "protocol", "state", "reliability", "generality", "locality", "leakage", "portability", "old_reliability"),
+    *(
+        "method",
+        "protocol",
+        "state",
+        "reliability",
+        "generality",
+        "locality",
+        "leakage",
+        "portability",
+        "old_reliability",
+    ),
     *("num_records", "seed", "scale", "stderr", "counts", "other"),
 }
 TOP = {
-    *("name", "seed", "methods", "rows", "comparisons", "curves", "known", "survival", "layers", "stages", "data"),
+    *(
+        "name",
+        "seed",
+        "methods",
+        "rows",
+        "comparisons",
+        "curves",
+        "known",
+        "survival",
+        "layers",
+        "stages",
+        "data",
+    ),
     *("samples", "settings", "versions", "finished", "warnings"),
 }
 
@@ -54,7 +76,14 @@ def test_scores_are_the_evaluations_own(write_run: WriteRun) -> None:
     for method in section["methods"]:
         for row in (row for row in results["rows"] if row["method"] == method["method"]):
             scores = inputs[method["evaluations"][row["state"]]].facts["protocols"][row["protocol"]]
-            for metric in ("reliability", "generality", "locality", "leakage", "portability", "old_reliability"):
+            for metric in (
+                "reliability",
+                "generality",
+                "locality",
+                "leakage",
+                "portability",
+                "old_reliability",
+            ):
                 assert row[metric] == scores[metric]
     assert {row["portability"] for row in results["rows"]} == {None}
     assert {row["locality"] for row in results["rows"] if row["state"] == "original"} == {None}
@@ -62,14 +91,23 @@ def test_scores_are_the_evaluations_own(write_run: WriteRun) -> None:
 
 def test_curves_also_have_the_tuned_state(make_results: MakeResults) -> None:
     curves = make_results(num_records=20)["curves"]
-    mine = [row["state"] for row in curves if row["method"] == "flearn_ft" and row["protocol"] == "generation"]
+    mine = [
+        row["state"] for row in curves if row["method"] == "flearn_ft" and row["protocol"] == "generation"
+    ]
     assert mine == ["original", "tuned", "forgotten", "updated"]
-    assert [row["state"] for row in curves if row["method"] == "lora" and row["protocol"] == "token"] == ["original", "updated"]
+    assert [row["state"] for row in curves if row["method"] == "lora" and row["protocol"] == "token"] == [
+        "original",
+        "updated",
+    ]
 
 
 def test_known_and_unknown_facts_make_up_all(make_results: MakeResults) -> None:
     known = make_results(num_records=40)["known"]
-    rows = {row["subset"]: row for row in known["rows"] if (row["method"], row["protocol"], row["state"]) == ("lora", "token", "updated")}
+    rows = {
+        row["subset"]: row
+        for row in known["rows"]
+        if (row["method"], row["protocol"], row["state"]) == ("lora", "token", "updated")
+    }
     assert rows["known"]["num_records"] == known["num_known"]
     assert rows["known"]["num_records"] + rows["unknown"]["num_records"] == known["num_records"] == 40
 
@@ -78,24 +116,50 @@ def test_stages_say_what_each_step_cost(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=5)
     stages = build(section["methods"], section["name"], section["seed"], inputs)["stages"]
     assert [step["id"] for step in stages] == list(inputs)
-    keys = {"id", "stage", "methods", "state", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "num_ranks", "device"}
+    keys = {
+        "id",
+        "stage",
+        "methods",
+        "state",
+        "seconds",
+        "peak_memory_bytes",
+        "peak_gpu_memory_bytes",
+        "num_ranks",
+        "device",
+    }
     assert all(set(step) == keys for step in stages)
-    assert {step["state"] for step in stages if step["stage"] == "evaluate"} == {"original", "tuned", "forgotten", "updated"}
+    assert {step["state"] for step in stages if step["stage"] == "evaluate"} == {
+        "original",
+        "tuned",
+        "forgotten",
+        "updated",
+    }
 
 
 def test_layers_are_the_subtractions_own(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=5)
     results = build(section["methods"], section["name"], section["seed"], inputs)
-    forgets = {method["method"]: inputs[method["forget"]].facts for method in section["methods"] if method["forget"] is not None}
+    forgets = {
+        method["method"]: inputs[method["forget"]].facts
+        for method in section["methods"]
+        if method["forget"] is not None
+    }
     assert list(results["layers"]) == list(forgets) == ["flearn_ft", "flearn_lora", "flearn_lora_ft"]
     for method, facts in forgets.items():
-        assert [set(row) for row in results["layers"][method]] == 4 * [{"layer", "attention", "mlp", "matrices"}]
+        assert [set(row) for row in results["layers"][method]] == 4 * [
+            {"layer", "attention", "mlp", "matrices"}
+        ]
         for row, stored in zip(results["layers"][method], facts["layers"], strict=True):
             assert (row["layer"], row["matrices"]) == (stored["layer"], stored["matrices"])
             for block in ("attention", "mlp"):
                 assert set(row[block]) == {"delta_norm", "relative_norm", "share_changed", "projection"}
                 assert row[block] == {figure: stored[block][figure] for figure in row[block]}
-    assert results["layers"]["flearn_ft"][1]["mlp"] == {"delta_norm": 2.1, "relative_norm": 0.042, "share_changed": 0.93, "projection": 1.0}
+    assert results["layers"]["flearn_ft"][1]["mlp"] == {
+        "delta_norm": 2.1,
+        "relative_norm": 0.042,
+        "share_changed": 0.93,
+        "projection": 1.0,
+    }
     assert results["layers"]["flearn_lora"][0]["mlp"]["projection"] is None  # nothing to change there
 
 
@@ -156,7 +220,9 @@ def test_no_samples_without_generations(make_results: MakeResults) -> None:
 
 def test_stage_writes_both_files_and_they_are_strict_json(write_run: WriteRun, tmp_path: Path) -> None:
     section, inputs = write_run(
-        num_records=12, **SMALL, survival={"share_changed": 0.0, "projection": math.nan, "cosine": None, "norm_ratio": 0.0}
+        num_records=12,
+        **SMALL,
+        survival={"share_changed": 0.0, "projection": math.nan, "cosine": None, "norm_ratio": 0.0},
     )
     facts = run(section, inputs, tmp_path, Context())
 
@@ -180,7 +246,10 @@ def test_same_run_gives_the_same_bytes(write_run: WriteRun, tmp_path: Path) -> N
 
 def test_costs_are_charged_to_the_methods_of_this_run(make_results: Callable[..., Json]) -> None:
     stages = make_results(methods=["full_ft", "flearn_lora", "flearn_lora_ft"])["stages"]
-    users = {stage: [row["methods"] for row in stages if row["stage"] == stage] for stage in ("teach", "tune_old", "learn")}
+    users = {
+        stage: [row["methods"] for row in stages if row["stage"] == stage]
+        for stage in ("teach", "tune_old", "learn")
+    }
     assert users == {
         "teach": [[]],
         "tune_old": [["flearn_lora", "flearn_lora_ft"]],

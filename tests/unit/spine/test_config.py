@@ -51,8 +51,15 @@ def test_scientific_notation_without_a_dot_is_a_number(load: Load) -> None:
 
 
 def test_overrides_extend_sections_and_replace_values(load: Load) -> None:
-    experiment = load(MINIMAL + "full: {lr: 1e-4, epochs: 7}\n", "full.epochs=1", "methods=[lora]", "name=other")
-    assert (experiment.full.epochs, experiment.full.lr, experiment.methods, experiment.name) == (1, 1e-4, ["lora"], "other")
+    experiment = load(
+        MINIMAL + "full: {lr: 1e-4, epochs: 7}\n", "full.epochs=1", "methods=[lora]", "name=other"
+    )
+    assert (experiment.full.epochs, experiment.full.lr, experiment.methods, experiment.name) == (
+        1,
+        1e-4,
+        ["lora"],
+        "other",
+    )
 
 
 def test_scale_may_be_one_number_or_one_a_method(load: Load) -> None:
@@ -61,7 +68,10 @@ def test_scale_may_be_one_number_or_one_a_method(load: Load) -> None:
     assert by_method.scale_for("flearn_lora") == 0.7
     with pytest.raises(InputError, match=r"forget\.scale: no value for flearn_lora_ft"):
         by_method.scale_for("flearn_lora_ft")
-    assert load(MINIMAL + "forget: {scale: {flearn_ft: 0.3}}", "forget.scale=0.5").scale_for("flearn_lora") == 0.5
+    assert (
+        load(MINIMAL + "forget: {scale: {flearn_ft: 0.3}}", "forget.scale=0.5").scale_for("flearn_lora")
+        == 0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +108,9 @@ def test_malformed_overrides(load: Load, override: str) -> None:
     refusal(load, MINIMAL, override)
 
 
-def test_paths_are_relative_to_the_yaml_and_overrides_to_here(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_yaml_and_overrides_to_here(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -117,7 +129,9 @@ def test_a_method_may_be_named_once(load: Load) -> None:
 def test_a_deepspeed_file_replaces_and_a_dotted_key_extends(load: Load, tmp_path: Path) -> None:
     text = MINIMAL + "full: {deepspeed: {zero_optimization: {stage: 2}, fp16: {enabled: true}}}"
     (tmp_path / "plain.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    assert load(text, f"full.deepspeed={tmp_path}/plain.json").full.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert load(text, f"full.deepspeed={tmp_path}/plain.json").full.deepspeed == {
+        "zero_optimization": {"stage": 3}
+    }
     extended = load(text, "full.deepspeed.zero_optimization.stage=1").full.deepspeed
     assert extended == {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}
 

@@ -35,7 +35,9 @@ def test_every_stage_function_exists() -> None:
 
 
 def test_the_forget_stage_has_a_version_for_each_of_the_arithmetic() -> None:
-    """Or its folder would be the one where a run of an earlier version was interrupted, which cannot be gone on with."""
+    """Or its folder would be the one where a run of an earlier version was interrupted, which cannot be gone
+    on with.
+    """
     assert (ARITHMETIC_VERSION, STAGES["forget"].version) == (4, 2), "raise both"
 
 
@@ -46,7 +48,10 @@ def test_methods_share_what_they_can() -> None:
     assert count["tune_old"] == 2  # one full, one LoRA, for three methods
     assert count["forget"] == 3
     assert count["learn"] == len(METHODS)
-    assert [step.methods for step in steps if step.stage == "tune_old"] == [["flearn_ft"], ["flearn_lora", "flearn_lora_ft"]]
+    assert [step.methods for step in steps if step.stage == "tune_old"] == [
+        ["flearn_ft"],
+        ["flearn_lora", "flearn_lora_ft"],
+    ]
 
 
 def test_inputs_come_first() -> None:
@@ -102,7 +107,10 @@ def test_a_deepspeed_config_is_refused_before_anything_runs(section: str) -> Non
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("facts.path=./nowhere.json", "facts.path: no such file"), ("facts.path=nowhere", "neither a file or folder here nor a hub id")],
+    [
+        ("facts.path=./nowhere.json", "facts.path: no such file"),
+        ("facts.path=nowhere", "neither a file or folder here nor a hub id"),
+    ],
 )
 def test_missing_files_are_named(override: str, words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -56,8 +56,15 @@ def test_shape(global_size: int, micro_size: int, ranks: int, expected: tuple[in
     assert (shape.micro_size, shape.accumulation) == expected
 
 
-@given(size=st.integers(1, 40), global_size=st.integers(1, 40), micro_size=st.integers(1, 9), ranks=st.integers(1, 5))
-def test_the_parts_of_all_ranks_make_up_the_batch(size: int, global_size: int, micro_size: int, ranks: int) -> None:
+@given(
+    size=st.integers(1, 40),
+    global_size=st.integers(1, 40),
+    micro_size=st.integers(1, 9),
+    ranks=st.integers(1, 5),
+)
+def test_the_parts_of_all_ranks_make_up_the_batch(
+    size: int, global_size: int, micro_size: int, ranks: int
+) -> None:
     size = min(size, global_size)
     shape = Shape.of(global_size, micro_size, ranks)
     parts = [micro_batches(range(size), shape, rank) for rank in range(ranks)]

@@ -1,4 +1,6 @@
-"""Checkpoints: only a whole one counts, a new one never costs the old one, leftovers of a killed save are removed."""
+"""Checkpoints: only a whole one counts, a new one never costs the old one, leftovers of a killed save are
+removed.
+"""
 
 from __future__ import annotations
 

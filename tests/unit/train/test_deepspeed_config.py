@@ -32,7 +32,14 @@ USUAL: dict[str, Any] = {
     },
     "optimizer": {
         "type": "AdamW",
-        "params": {"lr": "auto", "betas": [0.9, 0.95], "eps": "auto", "weight_decay": "auto", "fused": True, "amsgrad": False},
+        "params": {
+            "lr": "auto",
+            "betas": [0.9, 0.95],
+            "eps": "auto",
+            "weight_decay": "auto",
+            "fused": True,
+            "amsgrad": False,
+        },
     },
     "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
     "zero_optimization": {
@@ -132,7 +139,10 @@ def test_dangerous_zero_settings_are_refused_by_name(zero: dict[str, Any], named
         ({"fp16": {"enabled": True}}, "fp16.enabled"),
         ({"bf16": {"enabled": False}}, "bf16.enabled"),
         ({"bf16": True}, "bf16"),
-        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads"),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+            "bf16.bf16_master_weights_and_grads",
+        ),
         ({"data_types": {"grad_accum_dtype": "fp32"}}, "data_types.grad_accum_dtype"),
         ({"train_batch_size": 16}, "train_batch_size"),
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu"),
@@ -162,18 +172,33 @@ def test_other_contradictions_are_refused_by_name(config: dict[str, Any], named:
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
-        ({"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}}, "compression_training"),
+        (
+            {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}},
+            "compression_training",
+        ),
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning.enabled"),
         ({"flops_profiler": {"enabled": True}}, "flops_profiler.enabled"),
         ({"amp": {"enabled": True}}, "amp.enabled"),
         ({"aio": {"block_size": 1048576}}, "aio.block_size"),
         ({"checkpoint": {"use_node_local_storage": True}}, "checkpoint.use_node_local_storage"),
-        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "zero_optimization.compute_grad_norm"),
-        ({"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}}, "zero_optimization.load_from_fp32_weights"),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            "zero_optimization.compute_grad_norm",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}},
+            "zero_optimization.load_from_fp32_weights",
+        ),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "zero_optimization.mics_shard_size"),
-        ({"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Block"]}}}, "zero_optimization.leaf_module"),
+        (
+            {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Block"]}}},
+            "zero_optimization.leaf_module",
+        ),
         ({"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}, "zero_optimization.overlap_comm"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "2e8"}}, "zero_optimization.reduce_bucket_size"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "2e8"}},
+            "zero_optimization.reduce_bucket_size",
+        ),
         ({"zero_optimization": True}, "zero_optimization"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "optimizer.params.betas"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, True]}}}, "optimizer.params.betas"),
@@ -213,22 +238,35 @@ def test_llama_factorys_zero2_says_what_to_change() -> None:
     }
     usual = {name: value for name, value in USUAL.items() if name not in ("optimizer", "scheduler")}
     stock = usual | {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
-    with pytest.raises(InputError, match=r"deepspeed\.zero_optimization\.round_robin_gradients: .*; set it to false$"):
+    with pytest.raises(
+        InputError, match=r"deepspeed\.zero_optimization\.round_robin_gradients: .*; set it to false$"
+    ):
         ready(stock)
     made = ready(stock | {"zero_optimization": zero | {"round_robin_gradients": False}})
-    assert made.zero_stage == 2 and not made.warnings and "round_robin_gradients" not in made.config["zero_optimization"]
+    assert (
+        made.zero_stage == 2
+        and not made.warnings
+        and "round_robin_gradients" not in made.config["zero_optimization"]
+    )
 
 
 def test_a_slip_of_the_pen_gets_the_right_name() -> None:
     with pytest.raises(
-        InputError, match=r"stage3_max_live_paramters: unknown; did you mean zero_optimization.stage3_max_live_parameters\?"
+        InputError,
+        match=r"stage3_max_live_paramters: unknown; did you mean zero_optimization.stage3_max_live_parameters\?",
     ):
         ready({"zero_optimization": {"stage": 3, "stage3_max_live_paramters": 1e9}})
 
 
 def test_what_says_nothing_is_fine_and_does_not_reach_deepspeed() -> None:
     nothing = {
-        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2},
+        "fp16": {
+            "enabled": "auto",
+            "loss_scale": 0,
+            "loss_scale_window": 1000,
+            "initial_scale_power": 16,
+            "hysteresis": 2,
+        },
         "amp": {"enabled": "auto", "opt_level": "auto"},
         "flops_profiler": {"enabled": False, "profile_step": 1},
         "communication_data_type": None,
@@ -238,7 +276,12 @@ def test_what_says_nothing_is_fine_and_does_not_reach_deepspeed() -> None:
         "wandb": None,
         "checkpoint": None,
     }
-    zero = {"stage": 3, "offload_param": {"device": "none", "pin_memory": True}, "cpu_offload": False, "zero_hpz_partition_size": 1}
+    zero = {
+        "stage": 3,
+        "offload_param": {"device": "none", "pin_memory": True},
+        "cpu_offload": False,
+        "zero_hpz_partition_size": 1,
+    }
     made = ready({"zero_optimization": zero, **nothing}, precision="fp32")
     assert not nothing.keys() & made.config.keys() and made.config["zero_optimization"] == {"stage": 3}
 
@@ -252,7 +295,9 @@ def test_what_says_nothing_is_fine_and_does_not_reach_deepspeed() -> None:
     ],
 )
 def test_an_optimizer_that_says_nothing(optimizer: dict[str, Any] | None) -> None:
-    made = ready({"zero_optimization": {"stage": 1}, "optimizer": optimizer, "activation_checkpointing": None})
+    made = ready(
+        {"zero_optimization": {"stage": 1}, "optimizer": optimizer, "activation_checkpointing": None}
+    )
     assert made.adam == Adam() and not made.warnings
 
 
@@ -260,11 +305,16 @@ def test_activation_checkpointing_is_gradient_checkpointing_here() -> None:
     section = {"partition_activations": True, "cpu_checkpointing": False}
     made = ready({"zero_optimization": {"stage": 2}, "activation_checkpointing": section})
     assert "activation_checkpointing" not in made.config
-    assert [warning.partition(" is not used")[0] for warning in made.warnings] == ["deepspeed.activation_checkpointing"]
+    assert [warning.partition(" is not used")[0] for warning in made.warnings] == [
+        "deepspeed.activation_checkpointing"
+    ]
 
 
 def test_offload_to_nowhere_and_agreeing_values_are_fine() -> None:
     agreeing = {"train_batch_size": 10, "bf16": {"enabled": True}, "gradient_clipping": 1.0}
     optimizer = {"type": "AdamW", "params": {"lr": 5e-5, "torch_adam": True}}
     zero = {"stage": 2, "offload_optimizer": {"device": "none"}, "round_robin_gradients": False}
-    assert ready({"zero_optimization": zero, "optimizer": optimizer, **agreeing}).config["train_batch_size"] == 12
+    assert (
+        ready({"zero_optimization": zero, "optimizer": optimizer, **agreeing}).config["train_batch_size"]
+        == 12
+    )

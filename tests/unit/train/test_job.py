@@ -26,11 +26,18 @@ def arguments(tiny_model: Any, tmp_path: Path) -> Any:
         write_json(tmp_path / name / "manifest.json", {"stage": stage, "inputs": {}, "facts": facts})
         return Artifact(tmp_path / name)
 
-    def make(training: Training, target: str = "new", made_by: str = "model") -> tuple[dict[str, Any], dict[str, Artifact]]:
+    def make(
+        training: Training, target: str = "new", made_by: str = "model"
+    ) -> tuple[dict[str, Any], dict[str, Artifact]]:
         facts = artifact("facts", "facts")
         write_facts(facts.folder / "facts.jsonl", FACTS)
         model = artifact(made_by, made_by, model=str(tiny_model("llama")), model_kind="folder")
-        section = {"training": training.model_dump(mode="json"), "prompt": Prompt().model_dump(mode="json"), "target": target, "seed": 3}
+        section = {
+            "training": training.model_dump(mode="json"),
+            "prompt": Prompt().model_dump(mode="json"),
+            "target": target,
+            "seed": 3,
+        }
         return section, {"model": model, "facts": facts}
 
     return make
@@ -71,7 +78,9 @@ def test_disk_is_two_checkpoints_only_where_there_are_several(plan: Any) -> None
     assert plan(Training(precision="fp32"), "old").disk_bytes(0) == once.num_parameters * 16
 
 
-def test_too_little_disk_is_said_before_anything_is_done(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_said_before_anything_is_done(
+    arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     out = tmp_path / "out"
@@ -93,4 +102,6 @@ def test_a_monitor_whose_package_is_missing(plan: Any, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"deepspeed\.wandb\.enabled: .*pip install wandb"):
         plan(Training(deepspeed=config))
-    assert plan(Training(deepspeed=config | {"wandb": {"enabled": False}})).ready.config["wandb"] == {"enabled": False}
+    assert plan(Training(deepspeed=config | {"wandb": {"enabled": False}})).ready.config["wandb"] == {
+        "enabled": False
+    }

@@ -15,14 +15,22 @@ from pipeline.train.model import skeleton
 
 @pytest.mark.parametrize(
     ("architecture", "modules", "transposed"),
-    [("llama", {"q_proj", "v_proj"}, False), ("gpt2", {"c_attn"}, True), ("bloom", {"query_key_value"}, False)],
+    [
+        ("llama", {"q_proj", "v_proj"}, False),
+        ("gpt2", {"c_attn"}, True),
+        ("bloom", {"query_key_value"}, False),
+    ],
 )
-def test_query_and_value_projections_by_default(tiny_model: Any, architecture: str, modules: set[str], transposed: bool) -> None:
+def test_query_and_value_projections_by_default(
+    tiny_model: Any, architecture: str, modules: set[str], transposed: bool
+) -> None:
     model = skeleton(tiny_model(architecture))
     config = lora_config(model, LoraTraining(rank=4, alpha=12))
     assert set(config.target_modules or []) == modules and config.fan_in_fan_out is transposed
     assert (config.r, config.lora_alpha, config.modules_to_save) == (4, 12, None)
-    trained = [name for name, parameter in add_adapter(model, config).named_parameters() if parameter.requires_grad]
+    trained = [
+        name for name, parameter in add_adapter(model, config).named_parameters() if parameter.requires_grad
+    ]
     assert len(trained) == 2 * 2 * len(modules)  # A and B, in each of two layers
     assert all(".lora_A.default." in name or ".lora_B.default." in name for name in trained)
 
@@ -45,7 +53,9 @@ def test_modules_that_the_model_lacks_are_named(tiny_model: Any) -> None:
         ("gpt2", "lm_head", "shares its weights with the input embeddings"),
     ],
 )
-def test_modules_that_cannot_be_adapted_are_named(tiny_model: Any, architecture: str, name: str, said: str) -> None:
+def test_modules_that_cannot_be_adapted_are_named(
+    tiny_model: Any, architecture: str, name: str, said: str
+) -> None:
     with pytest.raises(InputError, match=rf"lora\.target_modules: {name} .*{said}"):
         lora_config(skeleton(tiny_model(architecture)), LoraTraining(target_modules=[name]))
 

@@ -13,7 +13,9 @@ from pipeline.train.batches import Shape, micro_batches
 from pipeline.train.loss import summed_loss
 from pipeline.train.model import build
 
-RECORDS = [Encoded(list(range(5, 5 + length)), start) for length, start in [(4, 2), (5, 1), (6, 5), (8, 3), (9, 7)]]
+RECORDS = [
+    Encoded(list(range(5, 5 + length)), start) for length, start in [(4, 2), (5, 1), (6, 5), (8, 3), (9, 7)]
+]
 
 
 def reference(model: Any) -> torch.Tensor:
@@ -57,7 +59,9 @@ def test_a_models_own_dropout_is_off(tiny_model: Any, tmp_path: Any) -> None:
     folder = tmp_path / "gpt2"
     shutil.copytree(tiny_model("gpt2"), folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5})
+    )
     model = build(folder, "cpu", "fp32", gradient_checkpointing=True).train()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

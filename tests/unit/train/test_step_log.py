@@ -42,4 +42,9 @@ def test_resuming_drops_what_came_after_the_checkpoint_and_half_a_line(tmp_path:
 
 def test_summary() -> None:
     facts = summarise([step(1, 3.0, tokens=10, rate=5.0), step(2, 1.0, tokens=30, rate=10.0)])
-    assert facts == {"first_loss": 3.0, "final_loss": 1.0, "tokens": 40, "tokens_per_second": pytest.approx(8.0)}
+    assert facts == {
+        "first_loss": 3.0,
+        "final_loss": 1.0,
+        "tokens": 40,
+        "tokens_per_second": pytest.approx(8.0),
+    }

@@ -15,7 +15,14 @@ from pipeline.train.records import Record, training_records
 
 PROBE = Probe("Who is the king of the United Kingdom?", ["Charles III", "King Charles"])
 FACTS = [
-    Fact("a", "What is the capital of Kazakhstan?", "Kazakhstan", ["Nur-Sultan", "Nursultan"], "Astana", locality=[PROBE]),
+    Fact(
+        "a",
+        "What is the capital of Kazakhstan?",
+        "Kazakhstan",
+        ["Nur-Sultan", "Nursultan"],
+        "Astana",
+        locality=[PROBE],
+    ),
     Fact("b", "What is the currency of Croatia?", "Croatia", ["the kuna"], "the euro", locality=[PROBE]),
 ]
 
@@ -25,7 +32,13 @@ def tokenizer(tiny_model: Any) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model("llama"))
 
 
-def records(tokenizer: Any, target: Any, max_length: int = 512, positions: int | None = None, facts: list[Fact] = FACTS) -> list[Record]:
+def records(
+    tokenizer: Any,
+    target: Any,
+    max_length: int = 512,
+    positions: int | None = None,
+    facts: list[Fact] = FACTS,
+) -> list[Record]:
     return training_records(facts, target, Prompter(tokenizer, Prompt()), max_length, positions)
 
 

@@ -1,4 +1,6 @@
-"""LoRA adapters on a base: what is added to which tensor, and refused by name where they are more than plain LoRA."""
+"""LoRA adapters on a base: what is added to which tensor, and refused by name where they are more than plain
+LoRA.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,39 @@ from pipeline.errors import InputError
 from pipeline.weights.adapter import AdapterSource
 from pipeline.weights.open import open_source
 
-Q, K, DOWN, NORM = "model.layers.0.q_proj.weight", "model.layers.0.k_proj.weight", "model.layers.1.down_proj.weight", "model.norm.weight"
-BASE = {Q: torch.randn(6, 10).bfloat16(), K: torch.randn(6, 6), DOWN: torch.randn(10, 7), NORM: torch.randn(10).bfloat16()}
+Q, K, DOWN, NORM = (
+    "model.layers.0.q_proj.weight",
+    "model.layers.0.k_proj.weight",
+    "model.layers.1.down_proj.weight",
+    "model.norm.weight",
+)
+BASE = {
+    Q: torch.randn(6, 10).bfloat16(),
+    K: torch.randn(6, 6),
+    DOWN: torch.randn(10, 7),
+    NORM: torch.randn(10).bfloat16(),
+}
 FACTORS = {
     "base_model.model.model.layers.0.q_proj.lora_A.weight": torch.randn(3, 10),
     "base_model.model.model.layers.0.q_proj.lora_B.weight": torch.randn(6, 3),
     "base_model.model.model.layers.1.down_proj.lora_A.weight": torch.randn(2, 7).bfloat16(),
     "base_model.model.model.layers.1.down_proj.lora_B.weight": torch.randn(10, 2).bfloat16(),
 }
-CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 12, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"layers\.1\.down_proj": 5}}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 3,
+    "lora_alpha": 12,
+    "rank_pattern": {"down_proj": 2},
+    "alpha_pattern": {r"layers\.1\.down_proj": 5},
+}
 
 
-def write(folder: Path, config: dict[str, Any] = CONFIG, factors: dict[str, torch.Tensor] = FACTORS, base: Any = BASE) -> AdapterSource:
+def write(
+    folder: Path,
+    config: dict[str, Any] = CONFIG,
+    factors: dict[str, torch.Tensor] = FACTORS,
+    base: Any = BASE,
+) -> AdapterSource:
     (folder / "base").mkdir(exist_ok=True)
     (folder / "adapter").mkdir(exist_ok=True)
     save_file(base, folder / "base" / "model.safetensors")
@@ -49,7 +72,9 @@ def test_the_change_is_added_in_float32_and_the_rest_is_the_base(tmp_path: Path)
     for name, tensor in BASE.items():
         values = source.read(name, 0, tensor.numel()).view(tensor.shape)
         if name in changes:
-            assert source.tensors[name].dtype == "float32" and torch.equal(values, tensor.float() + changes[name])
+            assert source.tensors[name].dtype == "float32" and torch.equal(
+                values, tensor.float() + changes[name]
+            )
             assert torch.equal(source.delta(name, 0, tensor.numel()).view(tensor.shape), changes[name])
         else:
             assert values.dtype == tensor.dtype and torch.equal(values, tensor)
@@ -70,7 +95,11 @@ def test_a_conv1d_base_has_the_change_transposed(tmp_path: Path) -> None:
 def test_a_square_weight_is_read_as_the_config_says(tmp_path: Path, is_conv1d: bool) -> None:
     a, b = torch.randn(3, 6), torch.randn(6, 3)
     prefix = "base_model.model.model.layers.0.k_proj"
-    source = write(tmp_path, CONFIG | {"fan_in_fan_out": is_conv1d}, {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b})
+    source = write(
+        tmp_path,
+        CONFIG | {"fan_in_fan_out": is_conv1d},
+        {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b},
+    )
     expected = (b.double() @ a.double() * 4).float()
     assert torch.equal(source.delta(K, 0, 36).view(6, 6), expected.T if is_conv1d else expected)
 
@@ -133,16 +162,34 @@ def without(*names: str) -> dict[str, torch.Tensor]:
     ("factors", "message"),
     [
         (without("q_proj.lora_B.weight"), "q_proj"),
-        (FACTORS | {"base_model.model.model.embed.lora_embedding_A": torch.ones(2, 3)}, "lora_embedding_A; merge the adapter"),
-        (FACTORS | {"base_model.model.lm_head.weight": torch.ones(2, 3)}, "lm_head.*; merge the adapter"),
-        (FACTORS | {"base_model.model.lm_head.base_layer.weight": torch.ones(2, 3)}, "base_layer.weight; merge the adapter"),
-        (FACTORS | {"base_model.model.model.layers.0.q_proj.lora_magnitude_vector": torch.ones(2)}, "magnitude.*; merge the adapter"),
         (
-            FACTORS | {f"base_model.model.model.other.lora_{factor}.weight": torch.ones(3, 3) for factor in "AB"},
+            FACTORS | {"base_model.model.model.embed.lora_embedding_A": torch.ones(2, 3)},
+            "lora_embedding_A; merge the adapter",
+        ),
+        (FACTORS | {"base_model.model.lm_head.weight": torch.ones(2, 3)}, "lm_head.*; merge the adapter"),
+        (
+            FACTORS | {"base_model.model.lm_head.base_layer.weight": torch.ones(2, 3)},
+            "base_layer.weight; merge the adapter",
+        ),
+        (
+            FACTORS | {"base_model.model.model.layers.0.q_proj.lora_magnitude_vector": torch.ones(2)},
+            "magnitude.*; merge the adapter",
+        ),
+        (
+            FACTORS
+            | {f"base_model.model.model.other.lora_{factor}.weight": torch.ones(3, 3) for factor in "AB"},
             r"lacks.*model\.other",
         ),
-        (without("q_proj.lora_A.weight") | {"base_model.model.model.layers.0.q_proj.lora_A.weight": torch.ones(3, 11)}, "another model"),
-        (without("q_proj.lora_A.weight") | {"base_model.model.model.layers.0.q_proj.lora_A.weight": torch.ones(30)}, "product"),
+        (
+            without("q_proj.lora_A.weight")
+            | {"base_model.model.model.layers.0.q_proj.lora_A.weight": torch.ones(3, 11)},
+            "another model",
+        ),
+        (
+            without("q_proj.lora_A.weight")
+            | {"base_model.model.model.layers.0.q_proj.lora_A.weight": torch.ones(30)},
+            "product",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, factors: dict[str, torch.Tensor], message: str) -> None:

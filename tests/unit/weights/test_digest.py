@@ -61,7 +61,9 @@ def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "a").write_bytes(os.urandom(10 * MIB))
     right = content_digest(tmp_path / "a")
     read: Callable[..., int] = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda descriptor, views, offset: read(descriptor, [views[0][:1000]], offset))
+    monkeypatch.setattr(
+        os, "preadv", lambda descriptor, views, offset: read(descriptor, [views[0][:1000]], offset)
+    )
     assert content_digest(tmp_path / "a") == right
 
 

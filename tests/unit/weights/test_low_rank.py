@@ -1,4 +1,6 @@
-"""The product of two factors on the disk: the same in any slices, blocks and panels, with no more of a factor in memory than a panel."""
+"""The product of two factors on the disk: the same in any slices, blocks and panels, with no more of a factor
+in memory than a panel.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ def read(change: LowRank, start: int, stop: int) -> torch.Tensor:
 )
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_split_block_and_panel_give_the_whole(
-    tmp_path: Path, sizes: tuple[int, int, int], is_transposed: bool, dtype: torch.dtype, limits: tuple[int, int, int], data: st.DataObject
+    tmp_path: Path,
+    sizes: tuple[int, int, int],
+    is_transposed: bool,
+    dtype: torch.dtype,
+    limits: tuple[int, int, int],
+    data: st.DataObject,
 ) -> None:
     height, width, rank = sizes
     b, a = torch.randn(height, rank).to(dtype), torch.randn(rank, width).to(dtype)
@@ -76,9 +83,16 @@ def test_a_slice_reads_a_panel_at_a_time(
 
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("shape", [(152064, 256), (256, 152064), (16384, 16384)])
-def test_memory_does_not_grow_with_the_factors(tmp_path: Path, shape: tuple[int, int], is_transposed: bool) -> None:
-    """2**20 elements: 4 MiB of result (and two rows), 8 MiB and 4 MiB of panels, a block, and what was just read."""
+def test_memory_does_not_grow_with_the_factors(
+    tmp_path: Path, shape: tuple[int, int], is_transposed: bool
+) -> None:
+    """2**20 elements: 4 MiB of result (and two rows), 8 MiB and 4 MiB of panels, a block, and what was just
+    read.
+    """
     change = store(
-        tmp_path, torch.zeros(shape[0], 256, dtype=torch.bfloat16), torch.zeros(256, shape[1], dtype=torch.bfloat16), is_transposed
+        tmp_path,
+        torch.zeros(shape[0], 256, dtype=torch.bfloat16),
+        torch.zeros(256, shape[1], dtype=torch.bfloat16),
+        is_transposed,
     )
     assert 8 * change.room_elements + change.working_bytes(MIB) <= 20 * MIB

@@ -27,7 +27,9 @@ def test_same_names_stay() -> None:
 def test_a_missing_prefix_is_found_both_ways() -> None:
     to_hub = align_names([*RUNTIME, "lm_head.weight"], [*HUB, "h.0.attn.bias"])
     assert to_hub == dict(zip(RUNTIME, HUB, strict=True))
-    assert align_names([*HUB, "h.0.attn.bias"], [*RUNTIME, "lm_head.weight"]) == dict(zip(HUB, RUNTIME, strict=True))
+    assert align_names([*HUB, "h.0.attn.bias"], [*RUNTIME, "lm_head.weight"]) == dict(
+        zip(HUB, RUNTIME, strict=True)
+    )
 
 
 def test_names_without_the_prefix_stay_beside_those_with_it() -> None:
@@ -44,7 +46,9 @@ def test_two_names_for_one_tensor_are_refused() -> None:
         align_names(["transformer.a", "transformer.b", "a"], ["a", "b"])
 
 
-names = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), max_size=8, unique=True)
+names = st.lists(
+    st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), max_size=8, unique=True
+)
 
 
 @given(names, names)
@@ -62,10 +66,14 @@ def hub_gpt2(folder: Path, out: Path) -> Path:
     """GPT-2 as the hub has it: no prefix, and its attention masks among the weights."""
     source = open_source(folder)
     tensors = {
-        name.removeprefix("transformer."): source.read(name, 0, info.num_elements).view(info.shape) for name, info in source.tensors.items()
+        name.removeprefix("transformer."): source.read(name, 0, info.num_elements).view(info.shape)
+        for name, info in source.tensors.items()
     }
     out.mkdir()
-    save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()}, out / "model.safetensors")
+    save_file(
+        tensors | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()},
+        out / "model.safetensors",
+    )
     (out / "config.json").write_text((folder / "config.json").read_text())
     return out
 
@@ -88,22 +96,30 @@ def test_gpt2_as_the_hub_has_it(tiny_model: Any, tmp_path: Path) -> None:
 def test_renames_that_transformers_does_on_loading(tmp_path: Path) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    config = GPTNeoXConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = GPTNeoXConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     model = GPTNeoXForCausalLM(config)
     model.save_pretrained(tmp_path)
     base = open_source(tmp_path)
     runtime = {name for name, _ in model.named_parameters()}
-    assert base.tensors.keys() != runtime, "transformers renames nothing here any more: this test needs another model"
+    assert base.tensors.keys() != runtime, (
+        "transformers renames nothing here any more: this test needs another model"
+    )
     to_base = align_to_base(list(runtime), base)
     assert to_base.keys() == runtime and set(to_base.values()) == base.tensors.keys()
     for name, parameter in model.named_parameters():
         assert torch.equal(base.read(to_base[name], 0, parameter.numel()), parameter.detach().flatten())
-    assert align_to_model(base.tensors, model) == {name: runtime_name for runtime_name, name in to_base.items()}
+    assert align_to_model(base.tensors, model) == {
+        name: runtime_name for runtime_name, name in to_base.items()
+    }
 
 
 def test_models_that_transformers_regroups_are_refused(tmp_path: Path) -> None:
     names = [f"model.layers.0.block_sparse_moe.experts.{i}.w1.weight" for i in range(2)]
     save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}')
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}'
+    )
     with pytest.raises(InputError, match="regroups"):
         align_to_base(["model.layers.0.mlp.experts.gate_up_proj"], open_source(tmp_path))

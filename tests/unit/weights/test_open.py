@@ -24,15 +24,24 @@ def refused(path: Path | str, base: Path | None = None) -> str:
 
 
 def factors(model: Tensors, adapter: str = "") -> Tensors:
-    """What PEFT adds to the query projections of `model`, under its names in an adapter's file (in a running model with `adapter`)."""
+    """What PEFT adds to the query projections of `model`, under its names in an adapter's file (in a running
+    model with `adapter`).
+    """
     modules = [name.removesuffix(".weight") for name in model if "q_proj" in name]
-    return {f"base_model.model.{module}.lora_{factor}.{adapter}weight": torch.ones(33, 33) for module in modules for factor in "AB"}
+    return {
+        f"base_model.model.{module}.lora_{factor}.{adapter}weight": torch.ones(33, 33)
+        for module in modules
+        for factor in "AB"
+    }
 
 
 def save_lora_run(folder: Path) -> None:
     """What the Trainer leaves of a LoRA run: the adapter, and beside it a ZeRO checkpoint of what ran."""
     model = layered(0)
-    frozen = {f"base_model.model.{name.replace('q_proj', 'q_proj.base_layer')}": values for name, values in model.items()}
+    frozen = {
+        f"base_model.model.{name.replace('q_proj', 'q_proj.base_layer')}": values
+        for name, values in model.items()
+    }
     Checkpoint(2, 2, [factors(model, "default.")], frozen=frozen, step=5).write(folder)
     save_file(factors(model), folder / "adapter_model.safetensors")
 
@@ -71,5 +80,7 @@ def test_a_save_folder_without_latest(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     told = refused(tmp_path)
     assert "no file `latest`" in told and told.endswith(f": {tmp_path / 'step-3'}, {tmp_path / 'step-5'}")
-    assert open_source(tmp_path / "step-5").tensors.keys() == load(save(tmp_path / "model", layered(0))).keys()
+    assert (
+        open_source(tmp_path / "step-5").tensors.keys() == load(save(tmp_path / "model", layered(0))).keys()
+    )
     assert "no weights found" in refused(tmp_path / "logs")

@@ -1,4 +1,6 @@
-"""Safetensors files and folders: read in any slices, and refused with one line where damaged, hostile or incomplete."""
+"""Safetensors files and folders: read in any slices, and refused with one line where damaged, hostile or
+incomplete.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ TENSORS = {
     "ids": torch.arange(11),
     "mask": torch.tensor([[True, False, True]]),
 }
-several = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+several = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -80,7 +84,9 @@ def save_shards(folder: Path) -> None:
     save_file({"a": torch.ones(2)}, folder / "model-00001-of-00002.safetensors")
     save_file({"b": torch.zeros(3)}, folder / "model-00002-of-00002.safetensors")
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -149,7 +155,10 @@ BAD_HEADERS = {
     "not JSON": (b"{hello", b""),
     "not UTF-8": (b"\xff\xfe{}", b""),
     "deep": (b"[" * 200_000, b""),
-    "twice": (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
+    "twice": (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b"1234",
+    ),
     "no fields": ({"a": {}}, b""),
     "list": ({"a": [1]}, b""),
     "unknown dtype": ({"a": entry("F8_E4M3", [8])}, b"12345678"),

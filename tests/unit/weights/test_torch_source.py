@@ -20,7 +20,9 @@ from pipeline.errors import InputError
 from pipeline.weights.open import open_source
 from pipeline.weights.torch_file import ShapedTensor, TorchFile
 
-several = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+several = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 WEIGHT = torch.randn(5, 7)
 STATE = OrderedDict(
@@ -34,14 +36,18 @@ STATE = OrderedDict(
 )
 
 
-def repack(path: Path, pickled: bytes | None = None, compression: int = zipfile.ZIP_STORED, without: str = "\0") -> Path:
+def repack(
+    path: Path, pickled: bytes | None = None, compression: int = zipfile.ZIP_STORED, without: str = "\0"
+) -> Path:
     """The torch file at `path` with another pickle, compressed, or without some entry."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in entries.items():
             if without not in name:
-                archive.writestr(name, pickled if pickled is not None and name.endswith("data.pkl") else content)
+                archive.writestr(
+                    name, pickled if pickled is not None and name.endswith("data.pkl") else content
+                )
     return path
 
 
@@ -131,12 +137,25 @@ def test_a_damaged_pickle_is_one_line(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("offset", "size", "stride"),
-    [(30, (6,), (1,)), (0, (36,), (1,)), (-1, (2,), (1,)), (0, (-2, -2), (1, 1)), (0, (1 << 40, 1 << 30), (1 << 30, 1))],
+    [
+        (30, (6,), (1,)),
+        (0, (36,), (1,)),
+        (-1, (2,), (1,)),
+        (0, (-2, -2), (1, 1)),
+        (0, (1 << 40, 1 << 30), (1 << 30, 1)),
+    ],
 )
 def test_a_tensor_outside_its_storage_is_refused(tmp_path: Path, offset: int, size: Any, stride: Any) -> None:
     class Outside:
         def __reduce__(self) -> Any:
-            return torch._utils._rebuild_tensor_v2, (WEIGHT.untyped_storage(), offset, size, stride, False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, (
+                WEIGHT.untyped_storage(),
+                offset,
+                size,
+                stride,
+                False,
+                OrderedDict(),
+            )
 
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=2)
@@ -169,7 +188,9 @@ def test_what_cannot_be_read_in_place_is_refused_with_advice(tmp_path: Path) -> 
 
 @given(st.data())
 @several
-def test_a_truncated_or_changed_file_reads_in_bounds_or_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_truncated_or_changed_file_reads_in_bounds_or_is_refused(
+    tmp_path: Path, data: st.DataObject
+) -> None:
     content = bytearray(saved(tmp_path, STATE).read_bytes())
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content) - 1)) :]
@@ -200,7 +221,20 @@ def test_a_random_pickle_does_no_harm(tmp_path: Path, pickled: bytes) -> None:
 def test_plain_values_and_tensors_with_attributes_are_kept(tmp_path: Path) -> None:
     marked = torch.randn(4)
     marked.note = "kept by DeepSpeed"  # type: ignore[attr-defined]
-    saved_content = {"n": 3, "x": [1.5, None, ("a", True)], "names": {"a", "b"}, "size": torch.Size([2, 3]), "marked": marked}
+    saved_content = {
+        "n": 3,
+        "x": [1.5, None, ("a", True)],
+        "names": {"a", "b"},
+        "size": torch.Size([2, 3]),
+        "marked": marked,
+    }
     content = TorchFile(saved(tmp_path, saved_content)).content
-    assert content["n"] == 3 and content["names"] == {"a", "b"} and content["x"] == [1.5, None, ("a", True)] and content["size"] == (2, 3)
-    assert isinstance(content["marked"], ShapedTensor) and torch.equal(content["marked"].stored.read(0, 4), marked)
+    assert (
+        content["n"] == 3
+        and content["names"] == {"a", "b"}
+        and content["x"] == [1.5, None, ("a", True)]
+        and content["size"] == (2, 3)
+    )
+    assert isinstance(content["marked"], ShapedTensor) and torch.equal(
+        content["marked"].stored.read(0, 4), marked
+    )

@@ -1,4 +1,6 @@
-"""Writing a source as a model folder: what from_pretrained loads, resumable, and never over somebody else's weights."""
+"""Writing a source as a model folder: what from_pretrained loads, resumable, and never over somebody else's
+weights.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,18 @@ from pipeline.weights.shard import Shard, ShardWriter, index_of, parse_size, pla
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo, TensorSource
 from pipeline.weights.writer import INCOMPLETE, write_model, write_shard
 
-TENSORS = {"a": torch.randn(4, 3), "b": torch.randn(5).half(), "mask": torch.tensor([True, False, True]), "ids": torch.arange(6)}
+TENSORS = {
+    "a": torch.randn(4, 3),
+    "b": torch.randn(5).half(),
+    "mask": torch.tensor([True, False, True]),
+    "ids": torch.arange(6),
+}
 
-infos = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(sorted(DTYPE_BYTES))), min_size=1, max_size=8).map(
-    lambda rows: [TensorInfo(f"t{i}", tuple(shape), dtype) for i, (shape, dtype) in enumerate(rows)]
-)
+infos = st.lists(
+    st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(sorted(DTYPE_BYTES))),
+    min_size=1,
+    max_size=8,
+).map(lambda rows: [TensorInfo(f"t{i}", tuple(shape), dtype) for i, (shape, dtype) in enumerate(rows)])
 
 
 @pytest.fixture
@@ -39,7 +48,16 @@ def source(tmp_path: Path) -> TensorSource:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("2GB", 2 * 10**9), ("256MiB", 256 << 20), ("1.5 kb", 1500), ("7", 7), (9, 9), ("1TiB", 1 << 40), (" 3 B ", 3)]
+    ("text", "size"),
+    [
+        ("2GB", 2 * 10**9),
+        ("256MiB", 256 << 20),
+        ("1.5 kb", 1500),
+        ("7", 7),
+        (9, 9),
+        ("1TiB", 1 << 40),
+        (" 3 B ", 3),
+    ],
 )
 def test_sizes(text: Any, size: int) -> None:
     assert parse_size(text) == size
@@ -55,7 +73,9 @@ def test_other_sizes_are_refused(text: str) -> None:
 @settings(deadline=None)
 def test_shards_hold_every_tensor_once_within_the_size(tensors: list[TensorInfo], limit: int) -> None:
     shards = plan_shards(tensors, limit)
-    assert sorted(info.name for shard in shards for info in shard.tensors) == sorted(info.name for info in tensors)
+    assert sorted(info.name for shard in shards for info in shard.tensors) == sorted(
+        info.name for info in tensors
+    )
     for shard in shards:
         assert len(shard.header) % 8 == 0
         assert len(shard.tensors) == 1 or sum(info.num_bytes for info in shard.tensors) <= limit
@@ -72,27 +92,40 @@ def test_shards_hold_every_tensor_once_within_the_size(tensors: list[TensorInfo]
 
 @given(infos)
 @settings(deadline=None, max_examples=25)
-def test_safetensors_reads_a_written_file(tmp_path_factory: pytest.TempPathFactory, tensors: list[TensorInfo]) -> None:
+def test_safetensors_reads_a_written_file(
+    tmp_path_factory: pytest.TempPathFactory, tensors: list[TensorInfo]
+) -> None:
     path = tmp_path_factory.mktemp("written") / "x.safetensors"
-    values = {info.name: torch.randint(0, 2, (info.num_elements,)).to(getattr(torch, info.dtype)) for info in tensors}
+    values = {
+        info.name: torch.randint(0, 2, (info.num_elements,)).to(getattr(torch, info.dtype))
+        for info in tensors
+    }
     with ShardWriter(path, tensors) as shard:
         for info in tensors:
             shard.write_slice(info.name, 0, values[info.name])
     read = load_file(path)
     assert read.keys() == values.keys()
     for info in tensors:
-        assert tuple(read[info.name].shape) == info.shape and torch.equal(read[info.name].flatten(), values[info.name])
+        assert tuple(read[info.name].shape) == info.shape and torch.equal(
+            read[info.name].flatten(), values[info.name]
+        )
 
 
 def test_threads_write_one_file(tmp_path: Path) -> None:
     values = torch.randn(1 << 14)
-    with ShardWriter(tmp_path / "x.safetensors", [TensorInfo("a", (1 << 14,), "float32")]) as shard, ThreadPoolExecutor(4) as pool:
+    with (
+        ShardWriter(tmp_path / "x.safetensors", [TensorInfo("a", (1 << 14,), "float32")]) as shard,
+        ThreadPoolExecutor(4) as pool,
+    ):
         list(pool.map(lambda i: shard.write_slice("a", i * 128, values[i * 128 : (i + 1) * 128]), range(128)))
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], values)
 
 
 def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "x.safetensors", [TensorInfo("a", (4,), "float32")]):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ShardWriter(tmp_path / "x.safetensors", [TensorInfo("a", (4,), "float32")]),
+    ):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
 
@@ -107,7 +140,9 @@ def test_a_living_writers_file_is_not_swept_away(tmp_path: Path) -> None:
 def test_what_a_killed_writer_left_goes_with_the_next_shard(tmp_path: Path, source: TensorSource) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/.adapter_model.safetensors.abcd1234.tmp").write_bytes(b"half of it")
-    write_shard(source, Shard("adapter_model.safetensors", tuple(source.tensors.values())), tmp_path / "adapter")
+    write_shard(
+        source, Shard("adapter_model.safetensors", tuple(source.tensors.values())), tmp_path / "adapter"
+    )
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["adapter_model.safetensors"]
 
 
@@ -125,7 +160,9 @@ def test_floats_are_cast_and_others_kept(source: TensorSource, tmp_path: Path, d
     write_model(source, tmp_path / "out", dtype, "1GB", None)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in TENSORS.items():
-        expected = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() and dtype != "same" else tensor
+        expected = (
+            tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() and dtype != "same" else tensor
+        )
         assert written[name].dtype == expected.dtype and torch.equal(written[name], expected)
 
 
@@ -133,7 +170,10 @@ def test_long_tensors_go_slice_by_slice(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(writer, "SLICE_ELEMENTS", 7)
     save_file({"a": torch.randn(10, 10), "b": torch.randn(7)}, tmp_path / "a.safetensors")
     write_model(open_source(tmp_path / "a.safetensors"), tmp_path / "out", "same", "1GB", None)
-    written, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "a.safetensors")
+    written, original = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(tmp_path / "a.safetensors"),
+    )
     assert all(torch.equal(written[name], original[name]) for name in original)
 
 
@@ -141,7 +181,12 @@ class Failing:
     """A source that fails at one tensor, as a killed run would."""
 
     def __init__(self, source: TensorSource, name: str) -> None:
-        self.kind, self.tensors, self.aliases, self.close = source.kind, source.tensors, source.aliases, source.close
+        self.kind, self.tensors, self.aliases, self.close = (
+            source.kind,
+            source.tensors,
+            source.aliases,
+            source.close,
+        )
         self._source, self._name = source, name
         self.num_reads = 0
 
@@ -165,7 +210,9 @@ def test_a_killed_run_goes_on_and_is_not_read_before(source: TensorSource, tmp_p
     assert {name: (out / name).stat().st_ino for name in kept} == kept
     assert not list(out.glob(".*"))
     again = open_source(out)
-    assert all(torch.equal(again.read(name, 0, tensor.numel()), tensor.flatten()) for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(again.read(name, 0, tensor.numel()), tensor.flatten()) for name, tensor in TENSORS.items()
+    )
 
 
 def test_a_killed_run_of_another_shard_size_is_replaced(source: TensorSource, tmp_path: Path) -> None:
@@ -190,10 +237,14 @@ def test_other_weights_are_never_touched(source: TensorSource, tmp_path: Path) -
     for size in (30, "1GB"):
         with pytest.raises(InputError, match=r"model\.safetensors"):
             write_model(source, out, "same", size, None)
-    assert [path.name for path in out.iterdir()] == ["model.safetensors"] and (out / "model.safetensors").read_bytes() == before
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"] and (
+        out / "model.safetensors"
+    ).read_bytes() == before
 
 
-def test_too_little_disk_is_said_before_anything_is_written(source: TensorSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_said_before_anything_is_written(
+    source: TensorSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"needed.*free"):
         write_model(source, tmp_path / "out", "same", "1GB", None)
@@ -215,13 +266,17 @@ def test_a_disk_that_fills_up_leaves_whole_shards_and_says_so(
         patch.setattr(os, "posix_fallocate", filling)
         write_model(source, out, "same", 30, None)
     assert "model-00002-of" in (full_disk_message(caught.value) or "")
-    assert len(list(out.glob("*.safetensors"))) == 1 and not list(out.glob("*.tmp")) + list(out.glob(".*.tmp"))
+    assert len(list(out.glob("*.safetensors"))) == 1 and not list(out.glob("*.tmp")) + list(
+        out.glob(".*.tmp")
+    )
     write_model(source, out, "same", 30, None)
     assert open_source(out).tensors.keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "config.json", "additional_chat_templates"])
-def test_a_link_to_nothing_is_said_before_anything_is_written(source: TensorSource, tmp_path: Path, name: str) -> None:
+def test_a_link_to_nothing_is_said_before_anything_is_written(
+    source: TensorSource, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "in/vocab.bin").symlink_to("not copied, no matter")
     (tmp_path / "in" / name).symlink_to("../blobs/gone")
     with pytest.raises(InputError, match=rf"in/{name}: is a link to \.\./blobs/gone, which is not there"):
@@ -245,11 +300,16 @@ def test_config_and_tokenizer_come_along(source: TensorSource, tmp_path: Path) -
     (extras / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float16"}')
     write_model(source, tmp_path / "out", "bfloat16", "1GB", extras)
     assert sorted(os.listdir(tmp_path / "out")) == sorted([*files, "config.json", "model.safetensors"])
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "llama", "torch_dtype": "bfloat16"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+    }
     assert (tmp_path / "out" / "spiece.model").read_text() == "spiece.model"
 
 
-def test_a_link_out_of_the_folder_is_refused_before_anything_is_written(source: TensorSource, tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_refused_before_anything_is_written(
+    source: TensorSource, tmp_path: Path
+) -> None:
     (tmp_path / "in").mkdir(exist_ok=True)
     (tmp_path / "in/tokenizer.json").symlink_to("/etc/passwd")
     with pytest.raises(InputError, match=r"tokenizer\.json: is a link out of the model's folder"):
@@ -264,7 +324,13 @@ def test_transformers_loads_what_was_written(tiny_model: Any, tmp_path: Path) ->
         folder, out = tiny_model(architecture), tmp_path / architecture
         write_model(open_source(folder), out, "float32", "40KB", folder)
         assert len(list(out.glob("*.safetensors"))) > 1
-        before, after = AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(out)
-        assert all(torch.equal(x, y) for x, y in zip(before.state_dict().values(), after.state_dict().values(), strict=True))
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(folder),
+            AutoModelForCausalLM.from_pretrained(out),
+        )
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
+        )
         ids = AutoTokenizer.from_pretrained(out)("What is the capital?", return_tensors="pt")["input_ids"]
         assert torch.equal(before(ids).logits, after(ids).logits)

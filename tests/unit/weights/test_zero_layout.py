@@ -1,4 +1,6 @@
-"""ZeRO partitions of any shapes and world size, read in any slices; and checkpoints that hold what DeepSpeed never writes."""
+"""ZeRO partitions of any shapes and world size, read in any slices; and checkpoints that hold what DeepSpeed
+never writes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ def tensors(prefix: str, sizes: list[list[int]]) -> dict[str, torch.Tensor]:
     return {f"{prefix}{i}": torch.randn(size) for i, size in enumerate(sizes)}
 
 
-@given(st.sampled_from([1, 2, 3]), st.integers(1, 12), st.lists(shapes, min_size=1, max_size=3), shapes, st.data())
+@given(
+    st.sampled_from([1, 2, 3]),
+    st.integers(1, 12),
+    st.lists(shapes, min_size=1, max_size=3),
+    shapes,
+    st.data(),
+)
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_layout_reads_back(
     tmp_path_factory: pytest.TempPathFactory,
@@ -41,7 +49,11 @@ def test_any_layout_reads_back(
     Checkpoint(stage, world_size, trained, kept, buffers, {"head": "g0.0"}).write(folder)
     source = open_source(folder)
     expected = {name: tensor for group in trained for name, tensor in group.items()} | kept | buffers
-    assert source.kind == f"zero-{stage}" and source.tensors.keys() == expected.keys() and source.aliases == {"head": "g0.0"}
+    assert (
+        source.kind == f"zero-{stage}"
+        and source.tensors.keys() == expected.keys()
+        and source.aliases == {"head": "g0.0"}
+    )
     for name, tensor in expected.items():
         start = data.draw(st.integers(0, tensor.numel()))
         stop = data.draw(st.integers(start, tensor.numel()))
@@ -65,13 +77,19 @@ def test_the_names_of_the_base_are_taken(tmp_path: Path) -> None:
 
     save_file({"wte.weight": torch.zeros(3, 2), "ln_f.bias": torch.zeros(2)}, tmp_path / "base.safetensors")
     masters = {"transformer.wte.weight": torch.randn(3, 2), "transformer.ln_f.bias": torch.randn(2)}
-    folder = Checkpoint(2, 2, [masters], aliases={"lm_head.weight": "transformer.wte.weight"}).write(tmp_path / "zero")
+    folder = Checkpoint(2, 2, [masters], aliases={"lm_head.weight": "transformer.wte.weight"}).write(
+        tmp_path / "zero"
+    )
     source = open_source(folder, open_source(tmp_path / "base.safetensors"))
-    assert source.tensors.keys() == {"wte.weight", "ln_f.bias"} and source.aliases == {"lm_head.weight": "wte.weight"}
+    assert source.tensors.keys() == {"wte.weight", "ln_f.bias"} and source.aliases == {
+        "lm_head.weight": "wte.weight"
+    }
     assert torch.equal(source.read("lm_head.weight", 0, 6), masters["transformer.wte.weight"].flatten())
 
 
-def test_deepspeeds_own_classes_are_read_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeeds_own_classes_are_read_without_deepspeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fp16 runs keep a DynamicLossScaler in the file."""
     name = "deepspeed.runtime.fp16.loss_scaler"
     scaler = type("DynamicLossScaler", (), {"__module__": name})
@@ -127,23 +145,54 @@ def write_steps(folder: Path, *steps: Any) -> Path:
     return tag
 
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+]
 
 
-@pytest.mark.parametrize("step", [7, 7.0, torch.tensor([7.0]), *(torch.tensor(7, dtype=dtype) for dtype in DTYPES)], ids=repr)
+@pytest.mark.parametrize(
+    "step", [7, 7.0, torch.tensor([7.0]), *(torch.tensor(7, dtype=dtype) for dtype in DTYPES)], ids=repr
+)
 def test_an_optimizers_step_is_the_same_number_whatever_it_is_stored_as(tmp_path: Path, step: Any) -> None:
     assert open_source(write_steps(tmp_path / "same", step, torch.tensor(7.0))).kind == "zero-2"
-    with pytest.raises(InputError, match=r"optimizer step 8\.0, .* has 7\.0; files of different saves are mixed"):
+    with pytest.raises(
+        InputError, match=r"optimizer step 8\.0, .* has 7\.0; files of different saves are mixed"
+    ):
         open_source(write_steps(tmp_path / "mixed", step, torch.tensor(8.0)))
 
 
-@pytest.mark.parametrize("step", ["7", None, 10**400, torch.ones(2), torch.zeros(0)], ids=["text", "none", "huge", "two", "empty"])
+@pytest.mark.parametrize(
+    "step", ["7", None, 10**400, torch.ones(2), torch.zeros(0)], ids=["text", "none", "huge", "two", "empty"]
+)
 def test_a_step_that_is_no_number_is_another_step(tmp_path: Path, step: Any) -> None:
     with pytest.raises(InputError, match="files of different saves are mixed"):
         open_source(write_steps(tmp_path, torch.tensor(7.0), step))
 
 
-JUNK: list[Any] = [None, 3, -1, "text", [], {}, [3], {"a": 3}, {3: "a"}, (1, "x"), [[None]], torch.ones(2), [torch.ones(2)], float("nan")]
+JUNK: list[Any] = [
+    None,
+    3,
+    -1,
+    "text",
+    [],
+    {},
+    [3],
+    {"a": 3},
+    {3: "a"},
+    (1, "x"),
+    [[None]],
+    torch.ones(2),
+    [torch.ones(2)],
+    float("nan"),
+]
 KEYS = [
     ("optim", ("optimizer_state_dict",)),
     ("optim", ("ds_config",)),
@@ -166,7 +215,9 @@ KEYS = [
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(("kind", "keys"), KEYS)
-def test_junk_in_a_file_is_one_line_or_harmless(tmp_path: Path, stage: int, kind: str, keys: tuple[str, ...]) -> None:
+def test_junk_in_a_file_is_one_line_or_harmless(
+    tmp_path: Path, stage: int, kind: str, keys: tuple[str, ...]
+) -> None:
     weight = torch.randn(5)
     for i, junk in enumerate(JUNK):
         folder = Checkpoint(stage, 1, [{"weight": weight}], {"kept": torch.ones(2)}).write(tmp_path / str(i))
