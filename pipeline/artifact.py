@@ -45,20 +45,21 @@ class Artifact:
         return manifest
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What the stage reported about its result."""
-        facts = self.manifest["facts"]
-        assert isinstance(facts, dict)
-        return facts
+    def result(self) -> dict[str, Any]:
+        """What the stage returned. Raises InputError if another version of flearn made the artifact."""
+        result = self.manifest.get("result")
+        if not isinstance(result, dict):
+            raise InputError(f"{self.folder}: was made by another flearn; delete it and run again")
+        return result
 
     @property
     def model_path(self) -> Path | str:
         """Where the model that this stage made (or names) lies: inside the folder, elsewhere, or a hub id.
 
-        A stage that has a model says so in its facts: `"model"` is a path relative to its folder, an absolute
+        A stage that has a model says so in its result: `"model"` is a path relative to its folder, an absolute
         path, or a hub id.
         """
-        model: str = self.facts["model"]
+        model: str = self.result["model"]
         inside = self.folder / model
         return inside if inside.exists() else model
 

@@ -27,7 +27,7 @@ from pipeline.stages import STAGES, TUNINGS, Plan, Step
 ATTEMPTS = "attempts.json"
 
 StageFunction = Callable[[dict[str, Any], dict[str, Artifact], Any, Context], "dict[str, Any] | None"]
-"""A stage returns its facts; or None, if it shares its work with other processes (`Context.part`) that are
+"""A stage returns its result; or None, if it shares its work with other processes (`Context.part`) that are
 not done yet.
 """
 
@@ -48,17 +48,17 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
     reset_peak_memory(context.device)
     _check_ahead(plan, step, context)
     with _attempt(output, context) as attempt:
-        facts = _call(step, inputs, output, context)
+        result = _call(step, inputs, output, context)
     peaks = {
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(context.device),
     }
     peaks = {name: None if value is None else context.largest(value) for name, value in peaks.items()}
-    if context.is_main and facts is None:
+    if context.is_main and result is None:
         log.info("%s: part %s is done; others are not yet", step.id, context.part)
     elif context.is_main:
-        assert facts is not None
-        output.commit(_manifest(step, facts, context) | asdict(attempt) | peaks)
+        assert result is not None
+        output.commit(_manifest(step, result, context) | asdict(attempt) | peaks)
         (output.folder / ATTEMPTS).unlink(missing_ok=True)
         log.info("%s: done in %.1f s", step.id, attempt.seconds)
     context.barrier()
@@ -134,26 +134,26 @@ def _call(
     function: StageFunction = getattr(importlib.import_module(module), name)
     if stage.ranks == "all":
         return function(step.section, inputs, output.folder, context)
-    facts: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
     stopped: str | None = None
     if context.is_main:
         try:
-            facts = function(step.section, inputs, output.folder, context)
+            result = function(step.section, inputs, output.folder, context)
         except Preempted as request:
             stopped = str(request)
     stopped = context.share(stopped)  # the ranks that wait stop with it
     if stopped is not None:
         raise Preempted(stopped)
-    return facts
+    return result
 
 
-def _manifest(step: Step, facts: dict[str, Any], context: Context) -> dict[str, Any]:
+def _manifest(step: Step, result: dict[str, Any], context: Context) -> dict[str, Any]:
     return {
         "stage": step.stage,
         "version": STAGES[step.stage].version,
         "section": step.section,
         "inputs": {role: source.id for role, source in step.inputs.items()},
-        "facts": facts,
+        "result": result,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "num_ranks": context.world_size,
         "device": context.device,

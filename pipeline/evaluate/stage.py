@@ -56,7 +56,7 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
     example = tokenizer.decode(prompter.encode(facts[0].prompt, facts[0].new_answer, eos=False).ids)
     return summarise(rows, reference, settings.protocols) | {
         "prompt_example": example,
-        "model_kind": inputs["model"].facts["model_kind"],
+        "model_kind": inputs["model"].result["model_kind"],
     }
 
 

@@ -23,7 +23,7 @@ def model_folder(artifact: Artifact) -> Path:
     """The Hugging Face folder whose config and tokenizer belong to `artifact`: its own, or that of the model
     it was tuned from.
     """
-    while artifact.facts["model_kind"] != "folder":
+    while artifact.result["model_kind"] != "folder":
         artifact = artifact.input("model")
     folder = Path(artifact.model_path)
     if not folder.is_dir():
@@ -40,7 +40,7 @@ def open_weights(artifact: Artifact) -> TensorSource:
     from pipeline.weights.open import open_source
 
     path = Path(artifact.model_path)
-    if artifact.facts["model_kind"] == "folder":
+    if artifact.result["model_kind"] == "folder":
         return open_source(path)
     return open_source(path, base=open_weights(artifact.input("model")))
 
@@ -66,7 +66,7 @@ def load_model(artifact: Artifact, device: str, dtype: torch.dtype) -> PreTraine
     Adapters arrive merged (in fp32, then rounded to `dtype`). Host memory holds the weights once at most.
     """
     folder = model_folder(artifact)
-    if artifact.facts["model_kind"] == "folder":
+    if artifact.result["model_kind"] == "folder":
         return _from_folder(folder, device, dtype).eval()
     model = empty_model(folder, device, dtype)
     source = open_weights(artifact)

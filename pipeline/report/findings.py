@@ -54,7 +54,7 @@ def from_stages(stages: list[Json], inputs: dict[str, Artifact]) -> list[str]:
     """
     sources: dict[str, list[str]] = {}
     for row in stages:
-        for text in inputs[row["id"]].facts.get("warnings", []):
+        for text in inputs[row["id"]].result.get("warnings", []):
             sources.setdefault(text, []).append(step_label(row))
     return [f"{_named(labels)}: {text}" for text, labels in sources.items()]
 

@@ -28,7 +28,7 @@ class Records(NamedTuple):
 
 def read(evaluation: Artifact, sampled: Collection[int]) -> Records:
     """The records of a finished evaluation; `sampled` are the positions of the rows that are kept whole."""
-    protocols = list(evaluation.facts["protocols"])
+    protocols = list(evaluation.result["protocols"])
     records = Records({}, {})
     with (evaluation.folder / RECORDS).open(encoding="utf-8") as lines:
         for position, line in enumerate(lines):

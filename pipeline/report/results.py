@@ -44,12 +44,12 @@ def build(methods: list[Json], name: str, seed: int, inputs: dict[str, Artifact]
     finished.
     """
     evaluations = {
-        m["method"]: {s: inputs[m["evaluations"][s]].facts for s in STATES if s in m["evaluations"]}
+        m["method"]: {s: inputs[m["evaluations"][s]].result for s in STATES if s in m["evaluations"]}
         for m in methods
     }
     sampled = samples.choose(next(iter(evaluations.values()))["original"]["num_records"])
     records = {step: read(inputs[step], sampled) for m in methods for step in m["evaluations"].values()}
-    forgets = {m["method"]: inputs[m["forget"]].facts for m in methods if m["forget"] is not None}
+    forgets = {m["method"]: inputs[m["forget"]].result for m in methods if m["forget"] is not None}
     users = _users(methods, inputs)
     results: Json = {
         "name": name,
@@ -175,7 +175,7 @@ def _stages(inputs: dict[str, Artifact], methods: list[Json], users: dict[str, l
 
 def _data(inputs: dict[str, Artifact]) -> Json:
     """What the facts stage read, kept and dropped."""
-    facts = next(source.facts for source in inputs.values() if source.manifest["stage"] == "facts")
+    facts = next(source.result for source in inputs.values() if source.manifest["stage"] == "facts")
     return {key: facts[key] for key in ("format", "num_read", "num_facts", "dropped")}
 
 

@@ -117,7 +117,7 @@ class World:
             )
 
     def _artifact(self, name: str, facts: dict[str, Any]) -> Path:
-        write_json(self.folder / name / "manifest.json", {"stage": "model", "inputs": {}, "facts": facts})
+        write_json(self.folder / name / "manifest.json", {"stage": "model", "inputs": {}, "result": facts})
         return self.folder / name
 
     def case(

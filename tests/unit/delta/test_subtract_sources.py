@@ -190,7 +190,7 @@ def test_the_forget_stage(tmp_path: Path, kind: str) -> None:
         (original, {"model": "model", "model_kind": "folder"}),
         (tuning, {"model": made, "model_kind": kind}),
     ):
-        write_json(folder / "manifest.json", {"facts": said, "inputs": {"model": original.name}})
+        write_json(folder / "manifest.json", {"result": said, "inputs": {"model": original.name}})
     section = {"forget": Forget(scale=0.3).model_dump(mode="json"), "seed": 0}
     out = tmp_path / "forget-3"
     inputs = {"base": Artifact(original), "tuned": Artifact(tuning)}

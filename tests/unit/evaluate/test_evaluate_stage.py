@@ -23,7 +23,7 @@ Inputs = dict[str, Artifact]
 def artifact(folder: Path, **facts: Any) -> Artifact:
     folder.mkdir(parents=True, exist_ok=True)
     made = Artifact(folder)
-    made.commit({"facts": facts})
+    made.commit({"result": facts})
     return made
 
 

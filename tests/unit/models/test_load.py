@@ -25,7 +25,7 @@ IDS = torch.arange(4, 44).reshape(2, 20)
 
 def artifact(folder: Path, place: Path | str, kind: str, **inputs: str) -> Artifact:
     made = Artifact(folder)
-    made.commit({"facts": {"model": str(place), "model_kind": kind}, "inputs": inputs})
+    made.commit({"result": {"model": str(place), "model_kind": kind}, "inputs": inputs})
     return made
 
 

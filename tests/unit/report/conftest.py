@@ -132,7 +132,7 @@ class FakeRun:
             "version": 1,
             "section": step.section,
             "inputs": {role: source.id for role, source in step.inputs.items()},
-            "facts": facts | {"warnings": self.warnings.get(step.stage, [])},
+            "result": facts | {"warnings": self.warnings.get(step.stage, [])},
             "seconds": seconds + 0.1 * len(step.methods),
             "peak_memory_bytes": {"forget": 410 << 20, "evaluate": 640 << 20}.get(step.stage, 900 << 20),
             "finished": "2026-01-02T03:04:05+00:00",

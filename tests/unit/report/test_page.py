@@ -203,7 +203,7 @@ def test_best_is_bold_and_the_original_never_is(results: Json, html: str) -> Non
 def test_missing_scores_are_dashes(write_run: WriteRun, missing: float | None) -> None:
     section, inputs = write_run(num_records=3, **SMALL)
     updated = inputs[section["methods"][0]["evaluations"]["updated"]]
-    updated.facts["protocols"]["generation"]["generality"] = missing
+    updated.result["protocols"]["generation"]["generality"] = missing
     text = page.render(build(section["methods"], section["name"], section["seed"], inputs))
     main = next(table for table in Reader(text).tables if table[0][0] == "Model")
     assert [cell.split()[0] for cell in main[2][1:]] == ["100.0", "–", "66.7", "0.0"]
@@ -309,7 +309,7 @@ def test_survival_by_layer_where_rounding_took_something(write_run: WriteRun) ->
     section, inputs = write_run(
         num_records=3, methods=["flearn_lora", "flearn_lora_ft"], protocols=["generation"]
     )
-    inputs[section["methods"][1]["forget"]].facts["layers"][3]["attention"]["projection"] = 0.812
+    inputs[section["methods"][1]["forget"]].result["layers"][3]["attention"]["projection"] = 0.812
     html = page.render(build(section["methods"], section["name"], section["seed"], inputs))
     assert KEPT_ALL not in html
     assert "What survives of it" in html

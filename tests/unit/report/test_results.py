@@ -75,7 +75,7 @@ def test_scores_are_the_evaluations_own(write_run: WriteRun) -> None:
     results = build(section["methods"], section["name"], section["seed"], inputs)
     for method in section["methods"]:
         for row in (row for row in results["rows"] if row["method"] == method["method"]):
-            scores = inputs[method["evaluations"][row["state"]]].facts["protocols"][row["protocol"]]
+            scores = inputs[method["evaluations"][row["state"]]].result["protocols"][row["protocol"]]
             for metric in (
                 "reliability",
                 "generality",
@@ -140,7 +140,7 @@ def test_layers_are_the_subtractions_own(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=5)
     results = build(section["methods"], section["name"], section["seed"], inputs)
     forgets = {
-        method["method"]: inputs[method["forget"]].facts
+        method["method"]: inputs[method["forget"]].result
         for method in section["methods"]
         if method["forget"] is not None
     }
@@ -165,7 +165,7 @@ def test_layers_are_the_subtractions_own(write_run: WriteRun) -> None:
 
 def test_a_block_that_was_not_fine_tuned_has_nulls(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=5, **SMALL)
-    del inputs[section["methods"][0]["forget"]].facts["layers"][2]["mlp"]
+    del inputs[section["methods"][0]["forget"]].result["layers"][2]["mlp"]
     layers = build(section["methods"], section["name"], section["seed"], inputs)["layers"]["flearn_ft"]
     assert layers[2]["mlp"] == dict.fromkeys(("delta_norm", "relative_norm", "share_changed", "projection"))
     assert layers[2]["attention"]["delta_norm"] == 1.1 + 0.1 * 2

@@ -16,7 +16,7 @@ def test_complete_is_the_manifest(tmp_path: Path) -> None:
     assert not artifact.is_complete
     with pytest.raises(InputError, match="has not finished"):
         artifact.manifest  # noqa: B018
-    artifact.commit({"facts": {"model": "hub/name"}, "inputs": {"model": "teach-2"}})
+    artifact.commit({"result": {"model": "hub/name"}, "inputs": {"model": "teach-2"}})
     assert artifact.is_complete
     assert artifact.model_path == "hub/name"
     assert artifact.input("model").folder == tmp_path / "teach-2"

@@ -23,7 +23,7 @@ FACTS = [Fact(str(i), f"What is number {i}?", "x", [f"old {i}"], f"new {i}") for
 @pytest.fixture
 def arguments(tiny_model: Any, tmp_path: Path) -> Any:
     def artifact(name: str, stage: str, **facts: Any) -> Artifact:
-        write_json(tmp_path / name / "manifest.json", {"stage": stage, "inputs": {}, "facts": facts})
+        write_json(tmp_path / name / "manifest.json", {"stage": stage, "inputs": {}, "result": facts})
         return Artifact(tmp_path / name)
 
     def make(
