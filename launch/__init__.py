@@ -4,6 +4,6 @@ reverse.
 From Python: `from launch import submit`.
 """
 
-from launch.chain import Submitted, submit
+from launch.slurm.chain import Submitted, submit
 
 __all__ = ["Submitted", "submit"]

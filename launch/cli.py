@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from launch import cancel, delta, doctor, facts, logs, models, report, run, status
+from launch.commands import cancel, delta, doctor, facts, logs, models, report, run, status
 from pipeline.errors import InputError, file_system_message, printable
 
 COMMANDS = (run, status, logs, cancel, report, facts, models, delta, doctor)

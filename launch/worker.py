@@ -1,6 +1,6 @@
 """One rank of a run: joins its fellows, runs steps of a plan with them, and leaves with an exit code.
 
-Started as `python -m launch.worker PLAN`, or by `launch/job.py` under a scheduler, with RANK, WORLD_SIZE,
+Started as `python -m launch.worker PLAN`, or by `launch/slurm/job.py` under a scheduler, with RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR and MASTER_PORT set (torch's env:// rendezvous).
 """
 
@@ -16,8 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, NoReturn
 
+from launch.commands.run import LOCK, lock, read_plan
 from launch.outcome import FAILED, MISTAKE, STOPPED, error_file, note_error
-from launch.run import LOCK, lock, read_plan
 from pipeline.context import Context, Preempted, device_for, log
 from pipeline.errors import InputError, refusal_message
 from pipeline.run import run_step

@@ -18,6 +18,6 @@ set -euo pipefail
 [[ ${1:--} != -* ]] || set -- configs/llama2_7b_zsre.yaml "$@"
 cd "${SLURM_SUBMIT_DIR:?}"
 export PATH=$PWD/.venv/bin:$PATH
-# For launch/run.py: a task of this job is a rank. For submitit: which scheduler's variables say so.
+# For launch/commands/run.py: a task of this job is a rank. For submitit: which scheduler's variables say so.
 export FLEARN_ALLOCATION=1 SUBMITIT_EXECUTOR=slurm
 exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" flearn run "$@"

@@ -39,7 +39,7 @@ def dev_cluster() -> Iterator[dict[str, str]]:
 
 def free_ports(count: int) -> int:
     """The first of `count` ports in a row that nobody listens on, below those by which a job's ranks meet
-    (see `launch/job.py`).
+    (see `launch/slurm/job.py`).
     """
     for first in range(11000 + os.getpid() % 4000, 20000 - count, count):
         try:

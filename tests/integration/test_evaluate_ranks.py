@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., P
     folder = tmp_path_factory.mktemp("evaluate")
     for role in ("model", "facts"):
         (folder / role).mkdir()
-        Artifact(folder / role).commit({"result": {"model": str(tiny_model("llama")), "model_kind": "folder"}})
+        Artifact(folder / role).commit(
+            {"result": {"model": str(tiny_model("llama")), "model_kind": "folder"}}
+        )
     write_facts(folder / "facts" / "facts.jsonl", [fact(i) for i in range(NUM_FACTS)])
     return folder
 

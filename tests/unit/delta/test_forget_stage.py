@@ -35,7 +35,9 @@ def inputs(tmp_path: Path) -> dict[str, Artifact]:
     base = layered(0, num_layers=NUM_LAYERS)
     for folder, tensors in (("base", base), ("tuned", nudged(base, 1))):
         save(tmp_path / folder / "model", tensors)
-        write_json(tmp_path / folder / "manifest.json", {"result": {"model": "model", "model_kind": "folder"}})
+        write_json(
+            tmp_path / folder / "manifest.json", {"result": {"model": "model", "model_kind": "folder"}}
+        )
     return {role: Artifact(tmp_path / role) for role in ("base", "tuned")}
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import cluster_check, machine
 from launch.cli import main
-from launch.machine import Row
-from launch.probe import Probed, Report
-from launch.site import Site
+from launch.doctor import cluster_check, machine
+from launch.doctor.machine import Row
+from launch.doctor.probe import Probed, Report
+from launch.slurm.site import Site
 from pipeline.config import Cluster
 
 GB = 10**9

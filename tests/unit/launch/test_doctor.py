@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from launch import estimate, forecast, machine, storage
-from launch.capacity import Capacity
 from launch.cli import main
-from launch.estimate import Data, Shape
-from launch.machine import Devices
-from launch.remedy import evaluation_remedy, training_remedy
+from launch.doctor import estimate, forecast, machine, storage
+from launch.doctor.capacity import Capacity
+from launch.doctor.estimate import Data, Shape
+from launch.doctor.machine import Devices
+from launch.doctor.remedy import evaluation_remedy, training_remedy
 from pipeline import config, stages
 from pipeline.config import Cluster, Evaluate, Forget, LoraTraining, Model, Training
 from pipeline.errors import InputError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launch.place import SHAPES, parameters
-from launch.site import Site, load_site
+from launch.slurm.place import SHAPES, parameters
+from launch.slurm.site import Site, load_site
 from pipeline.config import Cluster
 from pipeline.errors import InputError
 from pipeline.stages import STAGES

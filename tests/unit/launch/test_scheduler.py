@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from slurm_commands import Recorded
 
-from launch import scheduler
-from launch.scheduler import JobState
+from launch.slurm import scheduler
+from launch.slurm.scheduler import JobState
 from pipeline.errors import InputError
 
 # squeue --noheader --states=all --array --format=%F|%T|%r

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from slurm_commands import Recorded
 
-from launch.chain import ATTEMPT, write_plan
 from launch.cli import main
+from launch.slurm.chain import ATTEMPT, write_plan
 from pipeline import config, stages
 from pipeline.artifact import write_json
 from pipeline.stages import Plan

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from launch.run import exclusive, read_plan
+    from launch.commands.run import exclusive, read_plan
     from pipeline.context import Context
     from pipeline.run import run_step
 

@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launch import scheduler
-from launch.chain import ATTEMPT, job_files, read_jobs
+from launch.commands.run import LOCK, read_plan
 from launch.outcome import ERRORS
-from launch.run import LOCK, read_plan
-from launch.scheduler import JobState
+from launch.slurm import scheduler
+from launch.slurm.chain import ATTEMPT, job_files, read_jobs
+from launch.slurm.scheduler import JobState
 from pipeline.errors import InputError
 from pipeline.stages import Plan, Step
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
-from launch import estimate
-from launch.capacity import Capacity, state_of
-from launch.estimate import Data, Shape, training_of
-from launch.machine import Row
+from launch.doctor import estimate
+from launch.doctor.capacity import Capacity, state_of
+from launch.doctor.estimate import Data, Shape, training_of
+from launch.doctor.machine import Row
 from pipeline import stages
 from pipeline.config import LoraTraining, Training
 from pipeline.stages import Step

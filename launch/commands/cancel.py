@@ -10,10 +10,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from launch import scheduler
-from launch.chain import read_jobs
-from launch.run import LOCK
-from launch.status import is_alive, read_all
+from launch.commands.run import LOCK
+from launch.commands.status import is_alive, read_all
+from launch.slurm import scheduler
+from launch.slurm.chain import read_jobs
 from pipeline.errors import InputError
 
 

@@ -11,12 +11,12 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import machine
-from launch.machine import Row
+from launch.doctor import machine
+from launch.doctor.machine import Row
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from launch.capacity import Capacity
+    from launch.doctor.capacity import Capacity
     from pipeline.config import Cluster, Experiment
 
 _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
@@ -71,11 +71,11 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
     if on == "here":
         capacity = yield from _rows_here(cluster, experiment is not None)
     else:
-        from launch import cluster_check
+        from launch.doctor import cluster_check
 
         capacity = yield from cluster_check.rows(cluster, inputs(experiment))
     if experiment is not None and capacity is not None:
-        from launch import forecast
+        from launch.doctor import forecast
 
         if gpu_bytes is not None:
             capacity = capacity._replace(device_bytes=gpu_bytes, flops=None, num_gpus=None)
@@ -84,8 +84,8 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
 
 def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capacity]:
     """Measuring speed takes the GPU's memory for a moment: not for a health check beside a training."""
-    from launch import speed
-    from launch.capacity import Capacity
+    from launch.doctor import speed
+    from launch.doctor.capacity import Capacity
 
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     devices = machine.find_devices()

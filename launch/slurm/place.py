@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from launch.site import Site
+from launch.slurm.site import Site
 from pipeline.config import Cluster
 from pipeline.errors import InputError
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from launch import estimate
-from launch.capacity import Capacity, fits
-from launch.estimate import Data, Shape
+from launch.doctor import estimate
+from launch.doctor.capacity import Capacity, fits
+from launch.doctor.estimate import Data, Shape
 from pipeline.config import Cluster, Evaluate, LoraTraining, Training
 from pipeline.stages import Step
 

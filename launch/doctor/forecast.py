@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch import estimate, remedy, storage
-from launch.capacity import Capacity, state_of
-from launch.estimate import Data, Shape
-from launch.machine import Row
-from launch.storage import size
+from launch.doctor import estimate, remedy, storage
+from launch.doctor.capacity import Capacity, state_of
+from launch.doctor.estimate import Data, Shape
+from launch.doctor.machine import Row
+from launch.doctor.storage import size
 from pipeline import stages
 from pipeline.config import Cluster, Evaluate, Experiment, Model
 from pipeline.errors import InputError
@@ -126,7 +126,7 @@ def _experiment_row(experiment: Experiment, shape: Shape, data: Data) -> Row:
     ranks = experiment.cluster.ranks
     detail = (
         f"{shape.num_parameters / 1e6:,.0f}M parameters; {data.num_facts} facts of about {data.record_tokens} tokens;"
-        f" {ranks} rank{'s' if ranks > 1 else ''}. Estimates, right within a factor of two or so (formulas: launch/estimate.py)"
+        f" {ranks} rank{'s' if ranks > 1 else ''}. Estimates, right within a factor of two or so (formulas: launch/doctor/estimate.py)"
     )
     return Row("experiment", "ok", detail)
 

@@ -1,7 +1,7 @@
 """What a cluster's nodes see and do: a small job in the shape of a fine-tuning's, each of whose ranks leaves
 a report.
 
-`flearn doctor --on slurm` submits it; `launch/cluster_check.py` judges the reports.
+`flearn doctor --on slurm` submits it; `launch/doctor/cluster_check.py` judges the reports.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch import chain, machine, place, scheduler, worker
-from launch.job import export_ranks
-from launch.scheduler import JobState
-from launch.site import Site
+from launch import worker
+from launch.doctor import machine
+from launch.slurm import chain, place, scheduler
+from launch.slurm.job import export_ranks
+from launch.slurm.scheduler import JobState
+from launch.slurm.site import Site
 from pipeline.artifact import write_json
 from pipeline.config import Cluster
 from pipeline.context import Context
@@ -128,7 +130,7 @@ def _measure(report: Report, context: Context) -> None:
     import torch
     import torch.distributed as dist
 
-    from launch import speed
+    from launch.doctor import speed
 
     ones = torch.ones(1, device=context.device)
     dist.all_reduce(ones)

@@ -9,11 +9,12 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from launch import chain, machine, place, probe, scheduler
-from launch.capacity import Capacity
-from launch.machine import Row
-from launch.probe import Probed, Report
-from launch.site import Site, load_site
+from launch.doctor import machine, probe
+from launch.doctor.capacity import Capacity
+from launch.doctor.machine import Row
+from launch.doctor.probe import Probed, Report
+from launch.slurm import chain, place, scheduler
+from launch.slurm.site import Site, load_site
 from pipeline.config import Cluster
 from pipeline.errors import InputError
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 State = Literal["ok", "warn", "fail"]
 
-_CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+_CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 _GIB = 1 << 30
 
 

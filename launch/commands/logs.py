@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launch.chain import job_files, read_jobs
-from launch.status import read_all
+from launch.commands.status import read_all
+from launch.slurm.chain import job_files, read_jobs
 from pipeline.errors import InputError
 from pipeline.stages import Plan, Step
 

@@ -19,11 +19,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from launch import place, scheduler
-from launch.job import StageJob
+from launch.commands.run import PLAN, exclusive
 from launch.outcome import ERRORS
-from launch.run import PLAN, exclusive
-from launch.site import Site, load_site
+from launch.slurm import place, scheduler
+from launch.slurm.job import StageJob
+from launch.slurm.site import Site, load_site
 from pipeline import config, stages
 from pipeline.artifact import write_json
 from pipeline.config import Experiment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from launch.machine import State
+from launch.doctor.machine import State
 from pipeline.config import Cluster
 
 _EFFICIENCY = 0.4

@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if ALLOCATION in os.environ:
-        from launch import job
+        from launch.slurm import job
 
         job.export_ranks()
     if arguments.on == "here" and _is_one_rank():
@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show_scripts(experiment: Experiment, plan: Plan) -> int:
-    from launch import chain
+    from launch.slurm import chain
 
     for step, script in chain.scripts(experiment, plan):
         print(f"\n# ---- {step.id}\n{script}")
@@ -70,7 +70,8 @@ def _show_scripts(experiment: Experiment, plan: Plan) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from launch import report, submit
+    from launch import submit
+    from launch.commands import report
 
     submitted = submit(arguments.config, arguments.overrides, arguments.on)
     if arguments.on == "local":
@@ -87,7 +88,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _run_here(plan: Plan, experiment: Experiment) -> int:
-    from launch import report
+    from launch.commands import report
 
     if _is_one_rank():
         return _run_as_rank(plan)
@@ -118,7 +119,9 @@ def _run_as_rank(plan: Plan) -> int:
     """Be one rank among those that torchrun or srun started with this same command, perhaps on several
     machines.
     """
-    from launch import job, report, worker
+    from launch import worker
+    from launch.commands import report
+    from launch.slurm import job
 
     is_main = os.environ["RANK"] == "0"
     with exclusive(plan.run_dir) if is_main else nullcontext():

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launch import scheduler
+from launch.commands.run import read_plan
 from launch.outcome import STOPPED, error_file, note_error
-from launch.run import read_plan
+from launch.slurm import scheduler
 from pipeline.stages import Plan
 
 
@@ -44,7 +44,7 @@ class StageJob:
 
 def _publish(plan: Plan, step: str) -> None:
     """Put a finished report at the top of the run's folder, if it is of the plan that was submitted last."""
-    from launch import report
+    from launch.commands import report
 
     if (
         plan.steps[step].stage == "report"

@@ -1,0 +1,1 @@
+"""SLURM, through submitit: what differs between sites, and the chain of jobs of an experiment."""
