@@ -63,6 +63,22 @@ class Artifact:
         inside = self.folder / model
         return inside if inside.exists() else model
 
+    @property
+    def model_folder(self) -> Path:
+        """The Hugging Face folder with the model's config and tokenizer: this artifact's own, or that of the
+        model it was tuned from.
+
+        Raises InputError if the folder has gone.
+        """
+        if self.result["model_kind"] != "folder":
+            return self.input("model").model_folder
+        folder = Path(self.model_path)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: the model's folder has gone; put it back, or delete {self.folder} and run again"
+            )
+        return folder
+
     def input(self, role: str) -> Artifact:
         """The artifact that this one was made from in the role `role` (stages of a run lie side by side)."""
         return Artifact(self.folder.parent / self.manifest["inputs"][role])

@@ -14,7 +14,6 @@ from pipeline.config import Forget
 from pipeline.context import Context, Preempted, log
 from pipeline.delta.parts import note_done
 from pipeline.delta.subtract import Progress, subtract
-from pipeline.models.load import model_folder
 
 
 def run(
@@ -32,7 +31,7 @@ def run(
     assert isinstance(forget.scale, float)
     with _progress(context) as progress:
         outcome = subtract(
-            model_folder(inputs["base"]),
+            inputs["base"].model_folder,
             Path(inputs["tuned"].model_path),
             forget.scale,
             out / "model",

@@ -19,20 +19,6 @@ _SLICE_ELEMENTS = 1 << 22
 """Elements copied at a time: 16 MiB in fp32."""
 
 
-def model_folder(artifact: Artifact) -> Path:
-    """The Hugging Face folder whose config and tokenizer belong to `artifact`: its own, or that of the model
-    it was tuned from.
-    """
-    while artifact.result["model_kind"] != "folder":
-        artifact = artifact.input("model")
-    folder = Path(artifact.model_path)
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: the model's folder has gone; put it back, or delete {artifact.folder} and run again"
-        )
-    return folder
-
-
 def open_weights(artifact: Artifact) -> TensorSource:
     """The weights that `artifact` stands for, read in place: a folder's, an adapter's added to its base, or a
     ZeRO checkpoint's masters.
@@ -51,7 +37,7 @@ def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    folder = model_folder(artifact)
+    folder = artifact.model_folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast:
         raise InputError(
@@ -65,7 +51,7 @@ def load_model(artifact: Artifact, device: str, dtype: torch.dtype) -> PreTraine
 
     Adapters arrive merged (in fp32, then rounded to `dtype`). Host memory holds the weights once at most.
     """
-    folder = model_folder(artifact)
+    folder = artifact.model_folder
     if artifact.result["model_kind"] == "folder":
         return _from_folder(folder, device, dtype).eval()
     model = empty_model(folder, device, dtype)

@@ -15,7 +15,7 @@ from pipeline.context import Context
 from pipeline.errors import InputError
 from pipeline.facts.fact import read_facts
 from pipeline.facts.prompts import Prompter
-from pipeline.models.load import load_tokenizer, model_folder
+from pipeline.models.load import load_tokenizer
 from pipeline.train import checkpoint
 from pipeline.train.batches import Batches, Shape
 from pipeline.train.deepspeed_config import Ready, make_ready
@@ -51,7 +51,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """The Hugging Face folder with the model's config and tokenizer."""
-        return model_folder(self.base)
+        return self.base.model_folder
 
     def disk_bytes(self, num_saved: int) -> int:
         """Bytes that are still to be written while old ones remain, given `num_saved` complete checkpoints.
@@ -90,7 +90,7 @@ def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Cont
     """
     training = training_of(section["training"])
     base = inputs["model"]
-    model: Any = skeleton(model_folder(base))
+    model: Any = skeleton(base.model_folder)
     adapter = lora_config(model, training) if isinstance(training, LoraTraining) else None
     if adapter is not None:
         model = add_adapter(model, adapter)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ def manifests(run_dir: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in run_dir.glob("*/manifest.json")}
 
 
+def has(folder: Path, pattern: str) -> bool:
+    return any(folder.glob(pattern))
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
     deadline = time.monotonic() + 300
     while not condition():
@@ -145,17 +150,10 @@ def test_killed_in_each_stage_it_ends_with_the_same_figures(
     run_dir = tmp_path / "quickstart"
     for stage in ("facts", "model", "teach", "evaluate", "tune_old", "forget", "learn", "report"):
         process = start(tmp_path)
-        wait_for(lambda stage=stage: any(run_dir.glob(f"{stage}-*/rank0.log")), process, stage)  # type: ignore[misc]
-        if stage in (
-            "teach",
-            "tune_old",
-            "learn",
-        ):  # in the middle of the training, with a checkpoint to go on from
-            wait_for(
-                lambda stage=stage: any(run_dir.glob(f"{stage}-*/checkpoints/*")),
-                process,
-                f"a checkpoint of {stage}",
-            )  # type: ignore[misc]
+        wait_for(partial(has, run_dir, f"{stage}-*/rank0.log"), process, stage)
+        if stage in ("teach", "tune_old", "learn"):  # amid the training, with a checkpoint to go on from
+            checkpoints = f"{stage}-*/checkpoints/*"
+            wait_for(partial(has, run_dir, checkpoints), process, f"a checkpoint of {stage}")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not (run_dir / "results.json").exists()

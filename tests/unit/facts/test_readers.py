@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -235,9 +235,8 @@ def test_mquake_asks_its_multi_hop_questions_once(tmp_path: Path) -> None:
     )
     assert first.rephrasings == ["Which country was volleyball created in?"]
     assert first.portability == []
-    assert last.portability == [
-        Probe(question, ["Osaka", "Osaka-shi"], "multi_hop") for question in MQUAKE["questions"]
-    ]  # type: ignore[attr-defined]
+    questions = cast("list[str]", MQUAKE["questions"])
+    assert last.portability == [Probe(text, ["Osaka", "Osaka-shi"], "multi_hop") for text in questions]
 
 
 def test_qaedit_has_no_old_answer(tmp_path: Path) -> None:

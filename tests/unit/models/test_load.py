@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.artifact import Artifact
 from pipeline.errors import InputError
-from pipeline.models.load import empty_model, fill, load_model, load_tokenizer, model_folder, open_weights
+from pipeline.models.load import empty_model, fill, load_model, load_tokenizer, open_weights
 from pipeline.weights.open import open_source
 
 TinyModelFactory = Callable[..., Path]
@@ -87,7 +88,7 @@ def test_a_folder_inside_an_artifact_and_elsewhere(tiny_model: TinyModelFactory,
     elsewhere = artifact(tmp_path / "model-1", folder, "folder")
     shutil.copytree(folder, tmp_path / "model-2" / "model")
     inside = artifact(tmp_path / "model-2", "model", "folder")
-    assert model_folder(elsewhere) == folder and model_folder(inside) == tmp_path / "model-2" / "model"
+    assert elsewhere.model_folder == folder and inside.model_folder == tmp_path / "model-2" / "model"
     assert torch.equal(
         logits(load_model(elsewhere, "cpu", torch.float32)), logits(load_model(inside, "cpu", torch.float32))
     )
@@ -99,7 +100,7 @@ def test_config_and_tokenizer_come_from_the_model_it_was_tuned_from(
 ) -> None:
     base = artifact(tmp_path / "model-1", tiny_model("llama"), "folder")
     tuned = artifact(tmp_path / "tune_old-1", "adapter", "adapter", model="model-1")
-    assert model_folder(tuned) == model_folder(base)
+    assert tuned.model_folder == base.model_folder
     assert load_tokenizer(tuned).bos_token == "<s>"
 
 
@@ -107,6 +108,6 @@ def test_a_folder_that_went_away(tiny_model: TinyModelFactory, tmp_path: Path) -
     folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "base"))
     base = artifact(tmp_path / "model-1", folder, "folder")
     shutil.rmtree(folder)
-    for act in (model_folder, load_tokenizer, open_weights):
+    for act in (attrgetter("model_folder"), load_tokenizer, open_weights):
         with pytest.raises(InputError, match="base"):
             act(base)
