@@ -7,18 +7,34 @@ fingerprint.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from pipeline.errors import InputError
+from pipeline.methods import KINDS, METHODS, Kind
 from pipeline.settings import PLACEMENT, Section, Whole, check, merge, parse_overrides, read_yaml
 
-Method = Literal["full_ft", "lora", "flearn_ft", "flearn_lora", "flearn_lora_ft"]
 Protocol = Literal["token", "probability", "generation"]
+
+
+def _known_method(name: str) -> str:
+    if name in METHODS:
+        return name
+    near = difflib.get_close_matches(name, METHODS, n=1)
+    raise ValueError(
+        f"no such method; did you mean {near[0]}?"
+        if near
+        else f"no such method; there are {', '.join(METHODS)}"
+    )
+
+
+Method = Annotated[str, AfterValidator(_known_method)]
+"""The name of a row of METHODS."""
 
 
 class TinyModel(Section):
@@ -78,10 +94,13 @@ class Prompt(Section):
 
 
 class Training(Section):
-    """One fine-tuning. The arithmetic depends on `batch_size`, not on ranks or `micro_batch_size` (LoRA's
-    dropout apart).
+    """What every kind of fine-tuning has.
+
+    The arithmetic depends on `batch_size`, not on ranks or `micro_batch_size` (LoRA's dropout apart).
     """
 
+    kind: Kind
+    """Tells the kinds apart; each section of the config has a kind by its place."""
     epochs: int = Field(3, gt=0)
     lr: float = Field(5e-5, gt=0)
     batch_size: int = Field(64, gt=0)
@@ -136,18 +155,16 @@ _ZERO_PLACEMENT = {
 }
 
 
-class Teach(Training):
-    """Makes the *original* model: fine-tuning on the old facts, so that there is something to forget (paper,
-    section 4).
-    """
+class FullTraining(Training):
+    """Fine-tuning of all parameters."""
 
-    facts: Literal["old", "old_and_locality"] = "old"
-    """`old_and_locality` also teaches the unrelated questions, for a model that knows nothing yet."""
+    kind: Literal["full"] = "full"
 
 
 class LoraTraining(Training):
     """Fine-tuning of a LoRA adapter (PEFT)."""
 
+    kind: Literal["lora"] = "lora"
     rank: int = Field(8, gt=0)
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -155,10 +172,28 @@ class LoraTraining(Training):
     """Names of linear modules; None: the attention's query and value projections, as in the paper."""
 
 
-def training_of(values: dict[str, Any]) -> Training:
-    """The section that `values` are a dump of: Teach alone says what to teach, LoRA alone has a rank."""
-    kind = LoraTraining if "rank" in values else Teach if "facts" in values else Training
-    return kind.model_validate(values)
+class Teach(FullTraining):
+    """Makes the *original* model: full fine-tuning on the old facts, so that there is something to forget
+    (paper, section 4).
+    """
+
+    facts: Literal["old", "old_and_locality"] = "old"
+    """`old_and_locality` also teaches the unrelated questions, for a model that knows nothing yet."""
+
+    @property
+    def training(self) -> FullTraining:
+        """The fine-tuning itself, without what it is on."""
+        return FullTraining.model_validate(self.model_dump(exclude={"facts"}))
+
+
+_TRAINING: TypeAdapter[FullTraining | LoraTraining] = TypeAdapter(
+    Annotated[FullTraining | LoraTraining, Field(discriminator="kind")]
+)
+
+
+def read_training(values: dict[str, Any]) -> FullTraining | LoraTraining:
+    """The training that a step's section holds, by its `kind`."""
+    return _TRAINING.validate_python(values)
 
 
 class Forget(Section):
@@ -225,7 +260,7 @@ class Experiment(Section):
     prompt: Prompt = Prompt()
     teach: Teach | None = None
     """None: the base model is taken as it is for the original model."""
-    full: Training = Training()
+    full: FullTraining = FullTraining()
     """Full-parameter fine-tuning, on the old and on the new facts."""
     lora: LoraTraining = LoraTraining()
     forget: Forget = Forget()
@@ -244,6 +279,11 @@ class Experiment(Section):
         """The folder that holds everything this experiment makes."""
         return Path(self.cluster.runs_dir).expanduser().absolute() / self.name
 
+    def training_for(self, kind: Kind, settings: dict[str, Any] | None = None) -> FullTraining | LoraTraining:
+        """The section of that kind, with a method's own `settings` in place of the section's."""
+        section: FullTraining | LoraTraining = getattr(self, kind)
+        return read_training(section.model_dump() | (settings or {}))
+
     def scale_for(self, method: str) -> float:
         """The paper's lambda for `method`."""
         if not isinstance(self.forget.scale, dict):
@@ -252,7 +292,20 @@ class Experiment(Section):
             raise InputError(
                 f"forget.scale: no value for {method}; give one number, or one for each F-Learning method"
             )
-        return self.forget.scale[method]  # type: ignore[index]
+        return self.forget.scale[method]
+
+
+def _check_methods() -> None:
+    """Rows of METHODS whose kinds or settings no section of the config has: our own mistake, seen at once."""
+    assert set(KINDS) <= Experiment.model_fields.keys(), f"a section is missing for one of {KINDS}"
+    for name, method in METHODS.items():
+        try:
+            read_training({"kind": method.learn} | method.settings)
+        except ValidationError as error:
+            raise ValueError(f"METHODS: {name}: {error}") from None
+
+
+_check_methods()
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Experiment:

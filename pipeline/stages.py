@@ -16,6 +16,7 @@ from pipeline import artifact
 from pipeline.artifact import Artifact
 from pipeline.config import Experiment, Training
 from pipeline.errors import InputError
+from pipeline.methods import METHODS, Kind
 from pipeline.models.packaged import resolve
 from pipeline.settings import Section
 from pipeline.train import target_modules
@@ -50,26 +51,6 @@ STAGES: dict[str, Stage] = {
 
 TUNINGS = ("teach", "tune_old", "learn")
 """The stages that are fine-tunings."""
-
-Kind = Literal["full", "lora"]
-
-
-class Recipe(NamedTuple):
-    """A method: what is subtracted before learning (nothing for the baselines), and how the new facts are
-    learned.
-    """
-
-    forget: Kind | None
-    learn: Kind
-
-
-METHODS: dict[str, Recipe] = {
-    "full_ft": Recipe(None, "full"),
-    "lora": Recipe(None, "lora"),
-    "flearn_ft": Recipe("full", "full"),
-    "flearn_lora": Recipe("lora", "lora"),
-    "flearn_lora_ft": Recipe("lora", "full"),
-}
 
 
 @dataclass(frozen=True)
@@ -174,7 +155,7 @@ def plan(experiment: Experiment) -> Plan:
 
 
 def _check_deepspeed(experiment: Experiment) -> None:
-    kinds = {kind for method in experiment.methods for kind in METHODS[method] if kind is not None}
+    kinds = set[Kind]().union(*(METHODS[method].kinds for method in experiment.methods))
     sections: dict[str, Training | None] = {
         "teach": experiment.teach,
         **{kind: getattr(experiment, kind) for kind in sorted(kinds)},
@@ -194,7 +175,7 @@ def _check_deepspeed(experiment: Experiment) -> None:
 
 def _check_target_modules(experiment: Experiment) -> None:
     """As far as the model is a folder that is already here: its stage looks at any other."""
-    uses_lora = any("lora" in METHODS[method] for method in experiment.methods)
+    uses_lora = any("lora" in METHODS[method].kinds for method in experiment.methods)
     if uses_lora and experiment.lora.target_modules is not None and experiment.model.path is not None:
         folder = Path(resolve(experiment.model.path))
         if (folder / "config.json").is_file():
@@ -202,7 +183,7 @@ def _check_target_modules(experiment: Experiment) -> None:
 
 
 def _add_facts(plan: Plan, experiment: Experiment) -> Step:
-    needs_old = experiment.teach is not None or any(METHODS[m].forget for m in experiment.methods)
+    needs_old = experiment.teach is not None or any(METHODS[m].subtract for m in experiment.methods)
     paths = experiment.facts.path if isinstance(experiment.facts.path, list) else [experiment.facts.path]
     contents = [_digest(path, "facts.path") for path in paths]
     return plan.add(
@@ -242,9 +223,10 @@ def _add_original(plan: Plan, experiment: Experiment, facts: Step) -> Step:
     if experiment.teach is None:
         return base
     sections = {
-        "training": experiment.teach,
+        "training": experiment.teach.training,
         "prompt": experiment.prompt,
         "target": experiment.teach.facts,
+        "keeps_checkpoint": False,
         "seed": experiment.seed,
     }
     return plan.add("teach", sections, {"model": base, "facts": facts})
@@ -265,26 +247,30 @@ def _add_method(
     recipe = METHODS[method]
     start, forget, scale = original, None, None
     evaluations = {"original": reference}
-    if recipe.forget is not None:
+    if recipe.subtract is not None:
         scale = experiment.scale_for(method)
-        tuned = _add_tuning(plan, experiment, "tune_old", recipe.forget, original, facts, method)
+        tuned = _add_tuning(
+            plan, experiment, "tune_old", experiment.training_for(recipe.subtract), original, facts, method
+        )
         sections = {"forget": experiment.forget.model_copy(update={"scale": scale}), "seed": experiment.seed}
         forget = start = plan.add("forget", sections, {"base": original, "tuned": tuned}, method)
         evaluations["tuned"] = _add_evaluation(plan, experiment, facts, tuned, reference, method)
         evaluations["forgotten"] = _add_evaluation(plan, experiment, facts, forget, reference, method)
-    updated = _add_tuning(plan, experiment, "learn", recipe.learn, start, facts, method)
+    learning = experiment.training_for(recipe.learn, recipe.settings)
+    updated = _add_tuning(plan, experiment, "learn", learning, start, facts, method)
     evaluations["updated"] = _add_evaluation(plan, experiment, facts, updated, reference, method)
     return States(method, scale, evaluations, forget)
 
 
 def _add_tuning(
-    plan: Plan, experiment: Experiment, stage: str, kind: Kind, model: Step, facts: Step, method: str
+    plan: Plan, experiment: Experiment, stage: str, training: Training, model: Step, facts: Step, method: str
 ) -> Step:
-    training = experiment.full if kind == "full" else experiment.lora
+    is_old = stage == "tune_old"
     sections = {
         "training": training,
         "prompt": experiment.prompt,
-        "target": "old" if stage == "tune_old" else "new",
+        "target": "old" if is_old else "new",
+        "keeps_checkpoint": is_old and training.kind == "full",
         "seed": experiment.seed,
     }
     return plan.add(stage, sections, {"model": model, "facts": facts}, method)

@@ -29,7 +29,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pipeline import config
-from pipeline.config import Evaluate, LoraTraining, Teach, Training
+from pipeline.config import Evaluate, LoraTraining, Training
 from pipeline.stages import Step
 from pipeline.train import checkpoint
 
@@ -77,7 +77,7 @@ class Memory(NamedTuple):
 
 def training_of(step: Step) -> Training:
     """The settings of a fine-tuning step."""
-    return config.training_of(step.section["training"])
+    return config.read_training(step.section["training"])
 
 
 def zero_stage(training: Training) -> int:
@@ -126,9 +126,9 @@ def evaluation_memory(shape: Shape, settings: Evaluate, record_tokens: int) -> t
     return width * shape.num_parameters, PROCESS_BYTES + cache + logits
 
 
-def num_records(training: Training, data: Data) -> int:
+def num_records(step: Step, data: Data) -> int:
     """Records of one epoch."""
-    with_locality = isinstance(training, Teach) and training.facts == "old_and_locality"
+    with_locality = step.section["target"] == "old_and_locality"
     return round(data.num_facts * (1 + data.locality)) if with_locality else data.num_facts
 
 

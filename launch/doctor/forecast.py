@@ -168,7 +168,7 @@ def _need(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capa
 def _training(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
     training, limit = estimate.training_of(step), capacity.limit(cluster)
     memory = estimate.training_memory(shape, training, cluster.ranks, data.record_tokens)
-    tokens = estimate.num_records(training, data) * data.record_tokens
+    tokens = estimate.num_records(step, data) * data.record_tokens
     seconds = estimate.training_flops(shape, training, tokens) / capacity.rate(
         training.precision, cluster.ranks
     )

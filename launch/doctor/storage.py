@@ -12,7 +12,7 @@ from launch.doctor.capacity import Capacity, state_of
 from launch.doctor.estimate import Data, Shape, training_of
 from launch.doctor.machine import Row
 from pipeline import stages
-from pipeline.config import LoraTraining, Training
+from pipeline.config import Training
 from pipeline.stages import Step
 from pipeline.weights.source import DTYPE_BYTES
 
@@ -80,9 +80,9 @@ def stored(step: Step, shape: Shape, data: Data) -> Stored:
     training = training_of(step)
     checkpoint = estimate.checkpoint_bytes(shape, training)
     last = estimate.checkpoint_bytes(shape, training, with_moments=False)
-    keeps_checkpoint = step.stage == "tune_old" and not isinstance(training, LoraTraining)
+    keeps_checkpoint = step.section["keeps_checkpoint"]
     result = last if keeps_checkpoint else 4 * estimate.num_trained(shape, training)
-    earlier = (_num_steps(training, data) - 1) // training.checkpoint_every_steps
+    earlier = (_num_steps(step, training, data) - 1) // training.checkpoint_every_steps
     num_copies = 2 if earlier else 1  # an old one goes when the new one is whole
     written = earlier * checkpoint + last + (0 if keeps_checkpoint else result)
     return Stored(
@@ -90,8 +90,8 @@ def stored(step: Step, shape: Shape, data: Data) -> Stored:
     )  # the result is written where moments were
 
 
-def _num_steps(training: Training, data: Data) -> int:
-    return training.epochs * ceil(estimate.num_records(training, data) / training.batch_size)
+def _num_steps(step: Step, training: Training, data: Data) -> int:
+    return training.epochs * ceil(estimate.num_records(step, data) / training.batch_size)
 
 
 def size(num_bytes: float) -> str:

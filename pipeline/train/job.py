@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
-from pipeline.config import LoraTraining, Prompt, Teach, Training, training_of
+from pipeline.config import LoraTraining, Prompt, Training, read_training
 from pipeline.context import Context
 from pipeline.errors import InputError
 from pipeline.facts.fact import read_facts
@@ -88,7 +88,7 @@ def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Cont
     """The job that a stage's section and inputs ask for. Raises InputError for settings and records that
     cannot work.
     """
-    training = training_of(section["training"])
+    training = read_training(section["training"])
     base = inputs["model"]
     model: Any = skeleton(base.model_folder)
     adapter = lora_config(model, training) if isinstance(training, LoraTraining) else None
@@ -110,7 +110,7 @@ def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Cont
         course=Course(records, batches, shape, training, section["seed"]),
         ready=ready,
         adapter=adapter,
-        keeps_checkpoint=adapter is None and section["target"] == "old" and not isinstance(training, Teach),
+        keeps_checkpoint=section["keeps_checkpoint"],
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         warnings=ready.warnings + _warnings(base, training, adapter),
@@ -127,7 +127,7 @@ def _require_monitors(ready: Ready) -> None:
 
 
 def _warnings(base: Artifact, training: Training, adapter: LoraConfig | None) -> list[str]:
-    if adapter is not None and training.precision == "bf16" and base.manifest.get("stage") == "forget":
+    if adapter is not None and training.precision == "bf16" and "survival" in base.result:
         return [
             "LoRA in bf16 learns on the forgotten model rounded to bf16, which may undo part of a small subtraction (see survival)"
         ]

@@ -25,9 +25,9 @@ _LOG = "steps.jsonl"
 def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
     """Fine-tune `inputs["model"]` on `inputs["facts"]`. Every rank calls this.
 
-    `section["target"]` says which answers. Full training on the old answers that is no teaching is the
-    paper's FT-old: its last ZeRO checkpoint stays as the result, to be subtracted in place. All else leaves a
-    model folder, or LoRA's adapter.
+    `section["target"]` says which answers. With `section["keeps_checkpoint"]` (the paper's FT-old) the last
+    ZeRO checkpoint stays as the result, to be subtracted in place. All else leaves a model folder, or LoRA's
+    adapter.
 
     Raises InputError for bad settings, records that are too long or too little disk; Preempted when asked to
     stop.

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipeline.config import Prompt, TinyModel, Training
+from pipeline.config import FullTraining, Prompt, TinyModel, Training
 from pipeline.context import Context, peak_memory_bytes, reset_peak_memory
 from pipeline.facts.fact import Fact
 from pipeline.facts.prompts import Prompter
@@ -225,7 +225,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    training = Training(
+    training = FullTraining(
         batch_size=options.batch_size,
         micro_batch_size=options.micro_batch_size,
         precision=options.precision,

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.artifact import write_json
-from pipeline.config import LoraTraining, Prompt, Teach, TinyModel, Training
+from pipeline.config import FullTraining, LoraTraining, Prompt, TinyModel, Training
 from pipeline.facts.fact import Fact, Probe, write_facts
 from pipeline.facts.prompts import Prompter
 from pipeline.models.tiny import fact_texts, write_tiny_model
@@ -128,6 +128,7 @@ class World:
         stage: int = 2,
         model: str = "llama",
         target: str = "new",
+        keeps_checkpoint: bool = False,
     ) -> dict[str, Any]:
         zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 20000}
         config = {"zero_optimization": zero} | training.deepspeed
@@ -135,6 +136,7 @@ class World:
             "training": training.model_copy(update={"deepspeed": config}).model_dump(mode="json"),
             "prompt": Prompt().model_dump(mode="json"),
             "target": target,
+            "keeps_checkpoint": keeps_checkpoint,
             "seed": 0,
         }
         inputs = {"model": str(self.models[model]), "facts": str(self.facts)}
@@ -186,8 +188,8 @@ class World:
         return [step.loss for step in self.steps(name)]
 
 
-def full(precision: str = "fp32", **changes: Any) -> Training:
-    return Training.model_validate({"precision": precision, "deepspeed": {}} | CURVE | changes)
+def full(precision: str = "fp32", **changes: Any) -> FullTraining:
+    return FullTraining.model_validate({"precision": precision, "deepspeed": {}} | CURVE | changes)
 
 
 def lora(precision: str = "fp32", **changes: Any) -> LoraTraining:
@@ -213,15 +215,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         world.case("dropout", "train", lora(dropout=0.3, checkpoint_every_steps=2), 3),
         world.case("dropout-stopped", "stop_early", lora(dropout=0.3), 3),
         world.case("dropout-stopped", "train", lora(dropout=0.3), 3),
-        world.case(
-            "teach", "train", Teach.model_validate(full().model_dump() | {"facts": "old"}), 3, target="old"
-        ),
+        world.case("teach", "train", full(), 3, target="old"),
         world.case("long-full", "train", full(**LONG), 2),
         world.case("long-bf16", "train", full(**LONG | {"precision": "bf16"}), 2),
         world.case("long-lora", "train", lora(**LONG), 3),
     ]
     for stage in (1, 2, 3):
-        two += [world.case(f"tune-old-{stage}", "train", full("bf16"), stage, target="old")]
+        two += [
+            world.case(f"tune-old-{stage}", "train", full("bf16"), stage, target="old", keeps_checkpoint=True)
+        ]
         two += [
             world.case(f"stopped-full-{stage}", kind, full("bf16"), stage) for kind in ("stop_early", "train")
         ]

@@ -15,7 +15,7 @@ from launch.doctor.estimate import Data, Shape
 from launch.doctor.machine import Devices
 from launch.doctor.remedy import evaluation_remedy, training_remedy
 from pipeline import config, stages
-from pipeline.config import Cluster, Evaluate, Forget, LoraTraining, Model, Training
+from pipeline.config import Cluster, Evaluate, Forget, FullTraining, LoraTraining, Model
 from pipeline.errors import InputError
 
 GB = 10**9
@@ -80,7 +80,7 @@ def test_sizes_of_known_models(tmp_path: Path, values: dict[str, Any], expected:
 
 def test_llama2_7b_in_full_on_four_a100s() -> None:
     memory = estimate.training_memory(
-        SHAPE_7B, Training(deepspeed=ZERO2, micro_batch_size=4), 4, record_tokens=32
+        SHAPE_7B, FullTraining(deepspeed=ZERO2, micro_batch_size=4), 4, record_tokens=32
     )
     assert memory.weights == 13_476_831_232  # 2 P: ZeRO-2 keeps them whole
     assert memory.gradients == 3_369_207_808 + 6_738_415_616  # 2 P / 4, and their fp32 copy
@@ -96,7 +96,7 @@ def test_llama2_7b_in_full_on_four_a100s() -> None:
 def test_bytes_per_parameter_in_fp32_on_four_ranks(
     stage: int, weights: float, gradients: float, optimizer: float
 ) -> None:
-    training = Training(precision="fp32", deepspeed={"zero_optimization": {"stage": stage}})
+    training = FullTraining(precision="fp32", deepspeed={"zero_optimization": {"stage": stage}})
     memory = estimate.training_memory(Shape(1000, 1, 10, 10), training, 4, 10)
     assert memory[:3] == (weights * 1000, gradients * 1000, optimizer * 1000)
 
@@ -109,7 +109,7 @@ def test_lora_holds_no_states_for_the_frozen_weights() -> None:
 
 
 def test_gradient_checkpointing_saves_memory_and_costs_time() -> None:
-    plain, saving = (Training(gradient_checkpointing=value) for value in (False, True))
+    plain, saving = (FullTraining(gradient_checkpointing=value) for value in (False, True))
     assert (
         estimate.training_memory(SHAPE_7B, saving, 4, 512).total
         < estimate.training_memory(SHAPE_7B, plain, 4, 512).total

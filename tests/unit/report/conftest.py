@@ -202,7 +202,7 @@ class FakeRun:
     def _state(self, step: Step) -> tuple[str, str | None]:
         model = step.inputs["model"]
         if model.stage == "tune_old":
-            return "tuned", "lora" if "rank" in model.section["training"] else "full"
+            return "tuned", model.section["training"]["kind"]
         state = {"forget": "forgotten", "learn": "updated"}.get(model.stage, "original")
         return state, step.methods[0] if state != "original" else None
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline import config
-from pipeline.config import Experiment
+from pipeline.config import Experiment, read_training
 from pipeline.errors import InputError
 
 Load = Callable[..., Experiment]
@@ -124,6 +125,35 @@ def test_paths_are_relative_to_the_yaml_and_overrides_to_here(
 
 def test_a_method_may_be_named_once(load: Load) -> None:
     assert "methods: each method may be named once" in refusal(load, MINIMAL, "methods=[lora, lora]")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("methods=[flearn_f]", "methods.0: no such method; did you mean flearn_ft?"),
+        ("methods=[memit]", "no such method; there are full_ft, lora, flearn_ft"),
+        ("forget.scale={flearn_f: 1}", "did you mean flearn_ft?"),
+    ],
+)
+def test_an_unknown_method_is_told_the_nearest(load: Load, given: str, words: str) -> None:
+    assert words in refusal(load, MINIMAL, given)
+
+
+def test_sections_of_training_are_told_apart_by_kind(load: Load) -> None:
+    experiment = load(MINIMAL + "teach: {epochs: 1}\nfull: {kind: full}\n")
+    assert experiment.teach is not None
+    assert (experiment.teach.kind, experiment.full.kind, experiment.lora.kind) == ("full", "full", "lora")
+    assert "full.kind" in refusal(load, MINIMAL + "full: {kind: lora}")
+    dumped = [experiment.full.model_dump(mode="json"), experiment.lora.model_dump(mode="json")]
+    assert [read_training(values) for values in dumped] == [experiment.full, experiment.lora]
+
+
+def test_a_method_may_set_fields_of_its_training(load: Load) -> None:
+    experiment = load(MINIMAL + "lora: {epochs: 2, lr: 0.1}")
+    assert experiment.training_for("lora") is not None
+    assert experiment.training_for("lora", {"epochs": 6}) == experiment.lora.model_copy(update={"epochs": 6})
+    with pytest.raises(ValidationError, match="rank"):
+        experiment.training_for("full", {"rank": 6})
 
 
 def test_a_deepspeed_file_replaces_and_a_dotted_key_extends(load: Load, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from pipeline import config
 from pipeline.delta.subtract import ARITHMETIC_VERSION
 from pipeline.errors import InputError
-from pipeline.stages import METHODS, STAGES, Plan, plan
+from pipeline.methods import METHODS
+from pipeline.stages import STAGES, Plan, plan
 
 QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Training
+from pipeline.config import FullTraining
 from pipeline.errors import InputError
 from pipeline.train.batches import Shape
 from pipeline.train.deepspeed_config import Adam, Ready, make_ready
@@ -61,7 +61,7 @@ USUAL: dict[str, Any] = {
 
 
 def ready(config: dict[str, Any], ranks: int = 2, **training: Any) -> Ready:
-    settings = Training(batch_size=10, micro_batch_size=4, deepspeed=config, **training)
+    settings = FullTraining(batch_size=10, micro_batch_size=4, deepspeed=config, **training)
     return make_ready(settings, Shape.of(10, 4, ranks), hidden_size=64)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifact import Artifact, write_json
-from pipeline.config import LoraTraining, Prompt, Teach, Training
+from pipeline.config import FullTraining, LoraTraining, Prompt, Training
 from pipeline.context import Context
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact, write_facts
@@ -27,15 +27,19 @@ def arguments(tiny_model: Any, tmp_path: Path) -> Any:
         return Artifact(tmp_path / name)
 
     def make(
-        training: Training, target: str = "new", made_by: str = "model"
+        training: Training,
+        target: str = "new",
+        keeps_checkpoint: bool = False,
+        start: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Artifact]]:
         facts = artifact("facts", "facts")
         write_facts(facts.folder / "facts.jsonl", FACTS)
-        model = artifact(made_by, made_by, model=str(tiny_model("llama")), model_kind="folder")
+        model = artifact("model", "model", model=str(tiny_model("llama")), model_kind="folder", **start or {})
         section = {
             "training": training.model_dump(mode="json"),
             "prompt": Prompt().model_dump(mode="json"),
             "target": target,
+            "keeps_checkpoint": keeps_checkpoint,
             "seed": 3,
         }
         return section, {"model": model, "facts": facts}
@@ -53,14 +57,14 @@ def plan(arguments: Any) -> Any:
 
 
 def test_the_result_that_each_stage_leaves(plan: Any) -> None:
-    assert plan(Training(), "old").keeps_checkpoint, "FT-old's ZeRO checkpoint is subtracted in place"
-    assert not plan(Teach(facts="old"), "old").keeps_checkpoint, "what is taught is a model to start from"
-    assert not plan(Training(), "new").keeps_checkpoint
-    assert not plan(LoraTraining(), "old").keeps_checkpoint
+    assert plan(FullTraining(), "old", keeps_checkpoint=True).keeps_checkpoint, (
+        "FT-old's is subtracted in place"
+    )
+    assert not plan(FullTraining(), "old").keeps_checkpoint, "what is taught is a model to start from"
 
 
 def test_full_and_lora(plan: Any) -> None:
-    full, lora = plan(Training(batch_size=4, epochs=2)), plan(LoraTraining(rank=2))
+    full, lora = plan(FullTraining(batch_size=4, epochs=2)), plan(LoraTraining(rank=2))
     assert full.adapter is None and full.num_trained == full.num_parameters
     assert lora.adapter.r == 2
     assert lora.num_trained == 2 * 2 * 2 * (32 + 32)  # layers, projections, rank, in + out
@@ -70,12 +74,12 @@ def test_full_and_lora(plan: Any) -> None:
 
 
 def test_disk_is_two_checkpoints_only_where_there_are_several(plan: Any) -> None:
-    once = plan(Training(batch_size=4, epochs=2, precision="bf16"))
-    often = plan(Training(batch_size=4, epochs=2, precision="bf16", checkpoint_every_steps=1))
+    once = plan(FullTraining(batch_size=4, epochs=2, precision="bf16"))
+    often = plan(FullTraining(batch_size=4, epochs=2, precision="bf16", checkpoint_every_steps=1))
     assert once.disk_bytes(0) == once.num_parameters * 14
     assert often.disk_bytes(0) == once.num_parameters * 2 * 14
     assert often.disk_bytes(1) == once.num_parameters * 14
-    assert plan(Training(precision="fp32"), "old").disk_bytes(0) == once.num_parameters * 16
+    assert plan(FullTraining(precision="fp32"), "old").disk_bytes(0) == once.num_parameters * 16
 
 
 def test_too_little_disk_is_said_before_anything_is_done(
@@ -85,23 +89,23 @@ def test_too_little_disk_is_said_before_anything_is_done(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     out = tmp_path / "out"
     out.mkdir()
-    section, inputs = arguments(Training())
+    section, inputs = arguments(FullTraining())
     with pytest.raises(InputError, match=r"checkpoints and result need .* GB, 0\.00 GB are free"):
         stage.run(section, inputs, out, Context())
     assert not any(out.iterdir())
 
 
 def test_lora_in_bf16_on_a_forgotten_model_warns(plan: Any) -> None:
-    assert any("rounded to bf16" in text for text in plan(LoraTraining(), made_by="forget").warnings)
-    assert not plan(LoraTraining(precision="fp32"), made_by="forget").warnings
-    assert not plan(Training(), made_by="forget").warnings
+    assert any("rounded to bf16" in text for text in plan(LoraTraining(), start={"survival": {}}).warnings)
+    assert not plan(LoraTraining(precision="fp32"), start={"survival": {}}).warnings
+    assert not plan(FullTraining(), start={"survival": {}}).warnings
 
 
 def test_a_monitor_whose_package_is_missing(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"zero_optimization": {"stage": 2}, "wandb": {"enabled": True}}
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"deepspeed\.wandb\.enabled: .*pip install wandb"):
-        plan(Training(deepspeed=config))
-    assert plan(Training(deepspeed=config | {"wandb": {"enabled": False}})).ready.config["wandb"] == {
+        plan(FullTraining(deepspeed=config))
+    assert plan(FullTraining(deepspeed=config | {"wandb": {"enabled": False}})).ready.config["wandb"] == {
         "enabled": False
     }
