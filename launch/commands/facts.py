@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from pipeline.facts.inspect import inspect, render
+    from pipeline.facts.inspection import inspect, render
 
     found = inspect(arguments.path, arguments.format)
     print(json.dumps(found, ensure_ascii=False, indent=2) if arguments.json else render(found))

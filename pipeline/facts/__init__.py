@@ -1,3 +1,1 @@
-"""Facts that changed: the record, readers for the schemas in use, conflicts, and how a question becomes a
-model's input.
-"""
+"""Changed facts: the record, a reader for each schema, contradictions, and how a question becomes tokens."""

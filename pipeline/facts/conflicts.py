@@ -1,6 +1,6 @@
-"""Facts that contradict each other: one question, or one subject and old answer, with different new answers.
+"""Contradictions: facts that ask the same thing and give different new answers.
 
-A sixth of ZsRE is so: a model cannot learn both, and whichever it learns, the other counts as a failure.
+A sixth of ZsRE is so. A model cannot learn both answers, and the one it does not learn counts as a failure.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pipeline.facts.fact import Fact
 
 Policy = Literal["drop", "keep_first", "error"]
 
+_Groups = dict[str, list[int]]
+"""Positions of the facts that share a text."""
+
 
 class Conflict(NamedTuple):
     """Facts (by their positions) that share `key` and disagree about the new answer."""
@@ -23,14 +26,12 @@ class Conflict(NamedTuple):
     facts: list[int]
 
 
-_Groups = dict[str, list[int]]
-
-
 def find_conflicts(facts: list[Fact]) -> list[Conflict]:
     """Every contradiction among `facts`, of four kinds; a fact may be in several.
 
-    `same_prompt`, `same_rephrasing`: two facts share the text. `rephrasing_is_a_prompt`: one fact's
-    rephrasing is another one's prompt. `same_subject_and_old_answer`: the same thing asked in other words.
+    - `same_prompt`, `same_rephrasing`: the facts share that text.
+    - `rephrasing_is_a_prompt`: one fact's rephrasing is another one's prompt.
+    - `same_subject_and_old_answer`: the same question in other words.
     """
     prompts = _group(facts, lambda fact: [fact.prompt])
     rephrasings = _group(facts, lambda fact: fact.rephrasings)
@@ -46,8 +47,8 @@ def find_conflicts(facts: list[Fact]) -> list[Conflict]:
 def resolve_conflicts(facts: list[Fact], policy: Policy) -> tuple[list[Fact], list[Conflict]]:
     """The facts that stay under `policy`, in order, and all contradictions found.
 
-    `drop` removes every fact of a contradiction; `keep_first` removes a fact that contradicts an earlier one
-    that stays; `error` raises InputError if there is any.
+    `drop` removes every fact of a contradiction. `keep_first` removes a fact that contradicts an earlier kept
+    one. `error` raises InputError if there is any contradiction.
     """
     conflicts = find_conflicts(facts)
     if not conflicts:
@@ -64,23 +65,23 @@ def resolve_conflicts(facts: list[Fact], policy: Policy) -> tuple[list[Fact], li
 
 def count_conflicts(conflicts: list[Conflict]) -> dict[str, dict[str, int]]:
     """For each kind: `num_groups` of facts that disagree, and `num_facts` in them."""
-    by_kind: dict[str, list[Conflict]] = defaultdict(list)
+    num_groups: dict[str, int] = defaultdict(int)
+    members: dict[str, set[int]] = defaultdict(set)
     for conflict in conflicts:
-        by_kind[conflict.kind].append(conflict)
-    return {
-        kind: {"num_groups": len(found), "num_facts": len({i for conflict in found for i in conflict.facts})}
-        for kind, found in by_kind.items()
-    }
+        num_groups[conflict.kind] += 1
+        members[conflict.kind].update(conflict.facts)  # a set: one fact may be in several groups of a kind
+    return {kind: {"num_groups": num_groups[kind], "num_facts": len(members[kind])} for kind in num_groups}
 
 
 def _changes(fact: Fact) -> list[str]:
+    """The key of "the same thing asked in other words"; none where subject or old answer is unknown."""
     return [f"{fact.subject} | {fact.old_answer}"] if fact.subject and fact.old_answer else []
 
 
 def _group(facts: list[Fact], keys: Callable[[Fact], list[str]]) -> _Groups:
     groups: _Groups = defaultdict(list)
     for i, fact in enumerate(facts):
-        for key in dict.fromkeys(keys(fact)):
+        for key in dict.fromkeys(keys(fact)):  # a fact may repeat a rephrasing: count it once
             groups[key].append(i)
     return groups
 
@@ -92,25 +93,24 @@ def _disagreeing(kind: str, groups: _Groups, facts: list[Fact]) -> Iterator[Conf
 
 
 def _across(rephrasings: _Groups, prompts: _Groups, facts: list[Fact]) -> Iterator[Conflict]:
-    for key in filter(prompts.__contains__, rephrasings):
-        members = [
-            i
-            for i in rephrasings[key]
-            if any(facts[i].new_answer != facts[j].new_answer for j in prompts[key])
-        ]
-        others = [j for j in prompts[key] if any(facts[i].new_answer != facts[j].new_answer for i in members)]
+    # Pairs are compared, not the whole group: two facts that share only the rephrasing are another kind.
+    for text, rephrased in rephrasings.items():
+        members: set[int] = set()
+        for i in rephrased:
+            for j in prompts.get(text, []):
+                if facts[i].new_answer != facts[j].new_answer:
+                    members |= {i, j}
         if members:
-            yield Conflict("rephrasing_is_a_prompt", key, sorted({*members, *others}))
+            yield Conflict("rephrasing_is_a_prompt", text, sorted(members))
 
 
 def _first_of_each(facts: list[Fact]) -> Iterator[Fact]:
-    """Each fact in turn lays its claim to its questions; one that finds a question answered otherwise is left
-    out.
-    """
+    """The facts that contradict no earlier kept one."""
     claimed: dict[tuple[str, str], str] = {}
     for fact in facts:
         questions = [("question", text) for text in (fact.prompt, *fact.rephrasings)]
         keys = questions + [("change", change) for change in _changes(fact)]
+        # A dropped fact claims nothing: it must not push out later ones.
         if all(claimed.get(key, fact.new_answer) == fact.new_answer for key in keys):
             claimed.update(dict.fromkeys(keys, fact.new_answer))
             yield fact

@@ -1,6 +1,4 @@
-"""One fact that changed, with what is asked about it: the record that every reader yields and every stage
-reads.
-"""
+"""One changed fact and the questions about it: every reader yields this record, every stage reads it."""
 
 from __future__ import annotations
 
@@ -15,25 +13,23 @@ from pipeline.artifact import write_text
 
 @dataclass(frozen=True)
 class Probe:
-    """A question beside the fact itself. Any of `answers` is right; `kind` is the source's own name for the
-    group.
-    """
+    """A question beside the fact itself. Any of `answers` is right."""
 
     prompt: str
     answers: list[str]
     kind: str = ""
+    """The data set's own name for this group of questions."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A question whose answer changed. `old_answers` may be empty (nobody recorded it); its first entry is
-    the one to forget.
-    """
+    """A question whose answer changed."""
 
     id: str
     prompt: str
     subject: str
     old_answers: list[str]
+    """The first is the one to forget. Empty where nobody recorded it."""
     new_answer: str
     rephrasings: list[str] = field(default_factory=list)
     locality: list[Probe] = field(default_factory=list)
@@ -45,15 +41,15 @@ class Fact:
 
     @property
     def old_answer(self) -> str | None:
+        """The answer to forget."""
         return self.old_answers[0] if self.old_answers else None
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Fact:
         """The inverse of `dataclasses.asdict`."""
-        probes = {
-            name: [Probe(**probe) for probe in value.get(name, [])] for name in ("locality", "portability")
-        }
-        return cls(**{**value, **probes})
+        locality = [Probe(**probe) for probe in value.get("locality", [])]
+        portability = [Probe(**probe) for probe in value.get("portability", [])]
+        return cls(**{**value, "locality": locality, "portability": portability})
 
 
 def write_facts(path: Path, facts: Iterable[Fact]) -> None:

@@ -1,4 +1,4 @@
-"""Typed access to one record's fields, with the reason in words where a field is not what its schema says."""
+"""Typed access to a record's fields: anything else than its schema says is a RowError."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def optional_text(row: dict[str, Any], name: str) -> str:
 
 
 def texts(row: dict[str, Any], name: str) -> list[str]:
-    """The non-empty texts of a field that is a text, a list of texts, a list of lists of texts (aliases), or
-    absent.
-    """
+    """The non-empty texts of a field: a text, a list, lists of aliases, or absent. Raises RowError."""
     value = row.get(name)
     return [] if value is None else _flat(value, name)
 
@@ -54,32 +52,34 @@ def sequence(value: Any, name: str) -> list[Any]:
 
 
 def probes(value: Any, name: str, prompt: str, answers: str, label: str) -> list[Probe]:
-    """The probes of a list of objects whose fields `prompt` (a text, or a list of texts) and `answers` are so
-    named.
-    """
-    items = [mapping(item, f"{name}[{i}]") for i, item in enumerate(sequence(value, name))]
-    return [
-        Probe(question, texts(item, answers), label) for item in items for question in texts(item, prompt)
-    ]
+    """The probes in a list of objects: one for each text in an object's field `prompt`. Raises RowError."""
+    found = []
+    for i, value_of_item in enumerate(sequence(value, name)):
+        item = mapping(value_of_item, f"{name}[{i}]")
+        found += [Probe(question, texts(item, answers), label) for question in texts(item, prompt)]
+    return found
+
+
+_KINDS = {
+    "NoneType": "null",
+    "str": "text",
+    "dict": "an object",
+    "list": "a list",
+    "bool": "a boolean",
+    "int": "a number",
+    "float": "a number",
+}
 
 
 def kind(value: Any) -> str:
     """JSON's name for the type of `value`."""
-    names = {
-        "NoneType": "null",
-        "str": "text",
-        "dict": "an object",
-        "list": "a list",
-        "bool": "a boolean",
-        "int": "a number",
-        "float": "a number",
-    }
-    return names.get(type(value).__name__, type(value).__name__)
+    return _KINDS.get(type(value).__name__, type(value).__name__)
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"{name}: expected text, found {kind(value)}")
+    # JSON can spell half of a surrogate pair. No tokenizer takes it, and no UTF-8 file can hold it.
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,9 +1,10 @@
 """How a question becomes the model's input: the same for training and for evaluation.
 
-Prompt and answer are tokenised together, as one text, and split by character offsets: an answer tokenised
-alone gets another first token (a BOS, or a lost leading space) in most tokenizers. The question ends before
-the blank that separates it from the answer, so that a generated answer begins with the same token (` Paris`)
-as a trained one.
+Question and answer are tokenised together, as one text, and split by character offsets. Tokenised alone, an
+answer would get another first token in most tokenizers: a BOS, or one without the leading blank.
+
+The question ends before the blank that separates it from the answer. So a generated answer begins with the
+same token (` Paris`) as a trained one.
 """
 
 from __future__ import annotations
@@ -19,64 +20,50 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Stanford Alpaca's prompt for an instruction without input. Its answers follow the colon directly, with no
-# blank.
+# Stanford Alpaca's prompt for an instruction without input. The answer follows the colon without a blank.
 _ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:"
 )
 
-# A chat template that writes today's date, or opens a chain of thought, would give another text tomorrow, or
-# no short answer.
+# Some chat templates write today's date, or open a chain of thought: a new text each day, or no short answer.
 _CHAT_SETTINGS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a question and its answer; `ids[answer_start:]` are the answer's (and EOS's, if asked
-    for).
-    """
+    """Token ids of a question and its answer."""
 
     ids: list[int]
     answer_start: int
+    """`ids[answer_start:]` are the answer's, and EOS where it was asked for."""
 
 
 class Prompter:
     """Encodes questions for one tokenizer and one template.
 
-    Raises InputError for a tokenizer without EOS, without character offsets (a slow one), without the BOS
-    that `add_bos` asks for or the chat template that `chat` asks for, and for a template without `{prompt}`.
+    Raises InputError for a tokenizer without EOS or without character offsets (a slow one), for a BOS or chat
+    template that `prompt` asks for and the tokenizer lacks, and for a template without `{prompt}`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
-        name = tokenizer.name_or_path or type(tokenizer).__name__
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"tokenizer {name} has no EOS token: an answer could not end; set eos_token in its tokenizer_config.json"
-            )
-        if not tokenizer.is_fast:
-            raise InputError(
-                f"tokenizer {name} is a slow one, without character offsets; convert it to a tokenizer.json"
-            )
-        if prompt.add_bos and tokenizer.bos_token_id is None:
-            raise InputError(f"prompt.add_bos: tokenizer {name} has no BOS token; leave add_bos out")
-        if prompt.template == "chat" and not tokenizer.chat_template:
-            raise InputError(
-                f"prompt.template: tokenizer {name} has no chat template; take plain, alpaca or a text with {{prompt}}"
-            )
+        _require_usable(tokenizer, prompt)
         self._tokenizer: Any = tokenizer
         self._template = {"plain": "{prompt}", "alpaca": _ALPACA}.get(prompt.template, prompt.template)
         self._is_chat = prompt.template == "chat"
         if not self._is_chat and "{prompt}" not in self._template:
             raise InputError(
-                f"prompt.template: {prompt.template!r} is none of plain, alpaca, chat and has no {{prompt}} in it"
+                f"prompt.template: {prompt.template!r} is none of plain, alpaca, chat "
+                "and has no {prompt} in it"
             )
         self._add_bos = prompt.add_bos
+        # A chat template writes its special tokens as text, so the tokenizer must not put its own before it.
         self._prefix = [] if self._is_chat else self._own_prefix()
         self._separator = self._find_separator(prompt.template)
 
     def question(self, question: str) -> str:
-        """The text that comes before the answer, without special tokens that the tokenizer adds itself.
+        """The text before the answer, without the special tokens that the tokenizer adds itself.
 
         It ends before the blanks (not newlines) that separate it from the answer.
         """
@@ -100,10 +87,12 @@ class Prompter:
         if not pairs:
             return []
         questions = [self.question(question) for question, _ in pairs]
-        texts = [
-            before + self._separator + _checked(answer, pair[0])
-            for before, (*pair, answer) in zip(questions, pairs, strict=True)
-        ]
+        texts = []
+        for (question, answer), before in zip(pairs, questions, strict=True):
+            if not answer.strip():
+                raise InputError(f"empty answer to {question!r}: give it one, or drop this fact")
+            texts.append(before + self._separator + answer.strip())
+        # One call for all: a fast tokenizer encodes a batch in parallel.
         batch = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         rows = zip(batch["input_ids"], batch["offset_mapping"], questions, pairs, strict=True)
         return [self._split(ids, offsets, len(before), eos, pair) for ids, offsets, before, pair in rows]
@@ -111,8 +100,10 @@ class Prompter:
     def _split(
         self, body: list[int], offsets: list[tuple[int, int]], boundary: int, eos: bool, pair: tuple[str, str]
     ) -> Encoded:
-        """`boundary` is the question's length in characters: the first token that reaches beyond it opens the
-        answer.
+        """`boundary` is the question's length in characters.
+
+        The first token that ends beyond it opens the answer. By its start, a token that also holds the
+        question's end would be the question's, and the answer would lack its beginning.
         """
         num_question = next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(body))
         if num_question == len(body):
@@ -120,7 +111,7 @@ class Prompter:
                 f"the tokenizer makes no token of the answer {pair[1]!r} to {pair[0]!r}; drop this fact"
             )
         ids = self._open(body)
-        start = num_question + len(ids) - len(body)
+        start = num_question + len(ids) - len(body)  # `_open` may have put tokens before, or taken one away
         if eos and ids[-1] != self._tokenizer.eos_token_id:
             ids = [*ids, self._tokenizer.eos_token_id]
         return Encoded(ids, start)
@@ -128,6 +119,7 @@ class Prompter:
     def _fill(self, question: str) -> str:
         question = question.strip()
         if not self._is_chat:
+            # Not str.format: a template or a question may hold other braces.
             return self._template.replace("{prompt}", question)
         return self._render_chat([{"role": "user", "content": question}], add_generation_prompt=True)
 
@@ -139,15 +131,14 @@ class Prompter:
         return text
 
     def _find_separator(self, template: str) -> str:
-        """What stands between the question's text and its answer: the template's own blanks, else what is
-        usual for it.
-        """
+        """What joins question and answer: the template's own blanks, or else what is usual for it."""
         filled = self._fill("question")
         blanks = filled[len(filled.rstrip(" ")) :]
         if blanks or template == "alpaca" or filled.endswith("\n"):
             return blanks
         if not self._is_chat:
             return " "
+        # A chat template says it by an answered conversation: what stands there between the two.
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         answered = self._render_chat(messages, add_generation_prompt=False)
         gap = answered.removeprefix(filled).partition("answer")[0]
@@ -155,22 +146,36 @@ class Prompter:
 
     def _own_prefix(self) -> list[int]:
         """The special tokens that the tokenizer itself puts before a text."""
+        # Seen on a text: no attribute says it for every tokenizer.
         opened = self._tokenizer("a", return_special_tokens_mask=True)
         marked = zip(opened["input_ids"], opened["special_tokens_mask"], strict=True)
         return [token for token, _ in takewhile(lambda pair: pair[1], marked)]
 
     def _open(self, body: list[int]) -> list[int]:
-        """`body` opened by what comes before a text: one BOS, none, or whatever the tokenizer puts there."""
+        """`body` with what comes before a text: one BOS, none, or whatever the tokenizer puts there."""
         bos = self._tokenizer.bos_token_id
-        has_own = bos is not None and body[:1] == [bos]
+        has_own = bos is not None and body[:1] == [bos]  # a template may write BOS as text
         if self._add_bos is None:
             return body if has_own else self._prefix + body
         rest = [token for token in self._prefix if token != bos] + (body[1:] if has_own else body)
         return [bos, *rest] if self._add_bos else rest
 
 
-def _checked(answer: str, question: Any) -> str:
-    answer = answer.strip()
-    if not answer:
-        raise InputError(f"empty answer to {question!r}: give it one, or drop this fact")
-    return answer
+def _require_usable(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"tokenizer {name} has no EOS token: an answer could not end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"tokenizer {name} is a slow one, without character offsets; convert it to a tokenizer.json"
+        )
+    if prompt.add_bos and tokenizer.bos_token_id is None:
+        raise InputError(f"prompt.add_bos: tokenizer {name} has no BOS token; leave add_bos out")
+    if prompt.template == "chat" and not tokenizer.chat_template:
+        raise InputError(
+            f"prompt.template: tokenizer {name} has no chat template; "
+            "take plain, alpaca or a text with {prompt}"
+        )

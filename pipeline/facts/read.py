@@ -1,6 +1,4 @@
-"""From a data file to facts: find its schema, read every record, and set the malformed ones aside with the
-reason.
-"""
+"""From a data file to facts: find its schema, read every record, set the malformed ones aside."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ from pipeline.facts.rows import BadRow, Row, read_rows
 
 _NUM_SHOWN = 5
 _NUM_SNIFFED = 20
+"""Records that the schema is looked for in: the first may be malformed."""
 
 
 @dataclass
@@ -36,6 +35,7 @@ class Reading:
 def read(path: str | list[str], format: str = "auto", old_answer: str = "pred") -> Reading:
     """Read `path`: a file, a folder or hub id for `datasets`, or an [old, new] pair of Alpaca files.
 
+    `old_answer` is for ZsRE: the field with the old answers, `pred` or `answers`.
     Raises InputError for a missing or unreadable file, an unknown schema, or another one than `format` names.
     """
     if format not in ("auto", *READERS):
@@ -44,6 +44,7 @@ def read(path: str | list[str], format: str = "auto", old_answer: str = "pred") 
     if len(paths) > 2:
         raise InputError(f"facts.path: {len(paths)} files; give one, or an [old, new] pair of Alpaca files")
     files = [read_rows(file) for file in paths]
+    # Every file is checked, but the last one's schema counts: of a pair that is the file of new answers.
     name = [_recognise(file, rows, bad, format) for file, (rows, bad) in zip(paths, files, strict=True)][-1]
     rows = files[-1][0] if len(files) == 1 else _paired(files[0][0], files[1][0], paths, name)
     bad = [problem for _, problems in files for problem in problems]
@@ -53,13 +54,14 @@ def read(path: str | list[str], format: str = "auto", old_answer: str = "pred") 
 
 
 def refuse_bad_rows(reading: Reading) -> None:
-    """Raise InputError naming the first malformed records and how many there are, if there are any."""
-    if not reading.bad_rows:
+    """Raise InputError for malformed records, naming the first ones and their number."""
+    num_bad = len(reading.bad_rows)
+    if not num_bad:
         return
     shown = "; ".join(f"{row.where}: {row.reason}" for row in reading.bad_rows[:_NUM_SHOWN])
-    more = f"; and {len(reading.bad_rows) - _NUM_SHOWN} more" if len(reading.bad_rows) > _NUM_SHOWN else ""
+    more = f"; and {num_bad - _NUM_SHOWN} more" if num_bad > _NUM_SHOWN else ""
     raise InputError(
-        f"{reading.path}: {len(reading.bad_rows)} of {reading.num_records} records are malformed: {shown}{more}"
+        f"{reading.path}: {num_bad} of {reading.num_records} records are malformed: {shown}{more}"
     )
 
 
@@ -68,13 +70,14 @@ def _recognise(path: str, rows: list[Row], bad: list[BadRow], format: str) -> st
     if not rows:
         raise InputError(f"{path}: no records" + (f": {bad[0].where}: {bad[0].reason}" if bad else ""))
     sniffed = [row.value for row in rows[:_NUM_SNIFFED]]
+    # The named schema goes first: some records have the shape of two (CounterFact's and KnowEdit's).
     if format != "auto" and any(READERS[format].matches(value) for value in sniffed):
         return format
     found = next((name for name in map(detect, sniffed) if name), None)
     if found is None:
-        known = ", ".join(READERS)
         raise InputError(
-            f"{path}: unknown schema with the fields {', '.join(sniffed[0])}; known ones are {known} (see docs/facts.md)"
+            f"{path}: unknown schema with the fields {', '.join(sniffed[0])}; "
+            f"known ones are {', '.join(READERS)} (see docs/facts.md)"
         )
     if format not in ("auto", found):
         raise InputError(
@@ -90,7 +93,8 @@ def _reader(name: str, old_answer: str) -> Callable[[dict[str, Any], str], list[
 def _paired(old: list[Row], new: list[Row], paths: list[str], name: str) -> list[Row]:
     if name != "alpaca":
         raise InputError(
-            f"facts.path: two files are an [old, new] pair of Alpaca files, but {paths[1]} looks like {name}; give one file"
+            "facts.path: two files are an [old, new] pair of Alpaca files, "
+            f"but {paths[1]} looks like {name}; give one file"
         )
     return alpaca.pair(old, new)
 
@@ -110,7 +114,7 @@ def _read_facts(
 
 
 def _with_own_id(fact: Fact, taken: set[str]) -> Fact:
-    """`fact`, renamed if another one of the file has its id: results are kept by id."""
+    """`fact`, renamed if another one of the file has its id: an evaluation's rows are found by id."""
     name, number = fact.id, 1
     while name in taken:
         number += 1

@@ -1,6 +1,4 @@
-"""A data file's raw records with their places: a JSON array, JSON lines, or a data set that `datasets`
-loads.
-"""
+"""A data file's raw records with their places: a JSON array, JSON lines, or a Hugging Face data set."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import InputError
 from pipeline.facts.fields import kind
-from pipeline.facts.hub import load_records
 
 
 class Row(NamedTuple):
@@ -29,13 +26,14 @@ class BadRow(NamedTuple):
 
 
 def read_rows(path: str) -> tuple[list[Row], list[BadRow]]:
-    """All records of a file, a folder or hub id that `datasets` can load; and the ones that are no JSON
-    objects.
+    """The records at `path`, and what stands in a record's place but is no JSON object.
 
-    Raises InputError if there is no such file, it is no text, or neither a JSON array nor JSON lines.
+    `path` is a file, or a folder or hub id (`owner/name`, `owner/name:split`) that `datasets` can load.
+    Raises InputError if there is no such data, or a file is neither a JSON array nor JSON lines.
     """
     if not Path(path).is_file():
-        return _sort([(f"record {i}", value) for i, value in enumerate(load_records(path))], [])
+        records = _load_data_set(path)
+        return _sort([(f"record {i}", value) for i, value in enumerate(records)], [])
     text = _read_text(path)
     start = text.lstrip()[:1]
     if start == "[":
@@ -47,7 +45,7 @@ def read_rows(path: str) -> tuple[list[Row], list[BadRow]]:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8 JSON") from None
     except OSError as error:
@@ -56,19 +54,20 @@ def _read_text(path: str) -> str:
 
 def _sort(values: list[tuple[str, Any]], bad: list[BadRow]) -> tuple[list[Row], list[BadRow]]:
     """Set aside what is no object with named fields."""
-    rows = [Row(where, value) for where, value in values if isinstance(value, dict)]
-    others = [
-        BadRow(where, f"expected an object with named fields, found {kind(v)}")
-        for where, v in values
-        if not isinstance(v, dict)
-    ]
+    rows: list[Row] = []
+    others: list[BadRow] = []
+    for where, value in values:
+        if isinstance(value, dict):
+            rows.append(Row(where, value))
+        else:
+            others.append(BadRow(where, f"expected an object with named fields, found {kind(value)}"))
     return rows, bad + others
 
 
 def _lines(path: str, text: str) -> tuple[list[Row], list[BadRow]]:
     values: list[tuple[str, Any]] = []
     bad: list[BadRow] = []
-    # Not splitlines(): JSON text may hold U+2028 and its like, which are no ends of a line here.
+    # Not splitlines(): it also cuts at U+2028 and its like, which JSON allows inside a text.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -76,6 +75,7 @@ def _lines(path: str, text: str) -> tuple[list[Row], list[BadRow]]:
             values.append((f"line {number}", json.loads(line)))
         except ValueError as error:
             bad.append(BadRow(f"line {number}", f"not JSON: {error}"))
+    # One object written over many lines: a sentence about the file, not one "not JSON" for each line.
     if not values and _is_json(text):
         raise InputError(f"{path}: one JSON object; expected an array of records, or one record a line")
     return _sort(values, bad)
@@ -94,7 +94,6 @@ _DECODER = json.JSONDecoder()
 
 
 def _array(path: str, text: str) -> list[tuple[str, Any]]:
-    """The values of an array, read one by one, so that each one's line is known."""
     try:
         return _array_values(text)
     except ValueError as error:
@@ -102,10 +101,12 @@ def _array(path: str, text: str) -> list[tuple[str, Any]]:
 
 
 def _array_values(text: str) -> list[tuple[str, Any]]:
+    """The values of an array. `json.loads` would be shorter, but does not say on which line each one is."""
     values: list[tuple[str, Any]] = []
     position = _skip(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[position : position + 1] != "]":
+        # Only the newlines since the last value are counted: from the start each time would be quadratic.
         line, counted = line + text.count("\n", counted, position), position
         value, end = _DECODER.raw_decode(text, position)
         values.append((f"record {len(values)} (line {line})", value))
@@ -123,3 +124,41 @@ def _skip(text: str, position: int) -> int:
     blanks = _BLANKS.match(text, position)
     assert blanks is not None
     return blanks.end()
+
+
+def _load_data_set(name: str) -> list[dict[str, Any]]:
+    """All records of one split (`train` where none is named), without the fields that are null."""
+    path, split = _parse(name)
+    from datasets import DatasetDict, load_dataset  # seconds of imports, and only this path needs them
+
+    try:
+        loaded = load_dataset(path, split=split or None)
+    except Exception as error:  # each builder raises its own kind; all mean that the data could not be had
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(
+            f"facts.path: {name}: datasets cannot load it ({reason}); give a local JSON file"
+        ) from None
+    if isinstance(loaded, DatasetDict):
+        loaded = loaded[_choose(name, list(loaded))]
+    # Arrow gives every record every field, null where it is absent. Schemas are told apart by their fields.
+    return [{field: value for field, value in record.items() if value is not None} for record in loaded]
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """A folder or hub id, and the split that it names, or an empty text."""
+    if Path(name).is_dir():
+        return name, ""
+    path, _, split = name.partition(":")
+    if Path(name).is_absolute() or path.count("/") != 1:
+        raise InputError(
+            f"facts.path: {name}: no such file or folder, and not a hub id (owner/name or owner/name:split)"
+        )
+    return path, split
+
+
+def _choose(name: str, splits: list[str]) -> str:
+    if len(splits) > 1 and "train" not in splits:
+        raise InputError(
+            f"facts.path: {name} has the splits {', '.join(splits)}; name one, as in {name}:{splits[0]}"
+        )
+    return "train" if "train" in splits else splits[0]

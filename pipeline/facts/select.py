@@ -1,5 +1,7 @@
-"""Which facts an experiment uses: drop the unusable, resolve contradictions, keep the first `limit`; count
-every loss.
+"""Which facts an experiment uses: drop the unusable, resolve contradictions, apply the limit.
+
+The order matters: an unusable fact must not push out one that it contradicts, and `limit` counts facts that
+will be used. Every loss is counted.
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ class Selection:
     facts: list[Fact]
     conflicts: list[Conflict]
     dropped: Counter[str] = field(default_factory=Counter)
-    """Facts by the reason why they were dropped."""
+    """Number of dropped facts, by reason."""
     dropped_probes: Counter[str] = field(default_factory=Counter)
-    """Locality and portability questions by the reason why they were dropped."""
+    """Number of dropped locality and portability questions, by reason."""
     num_over_limit: int = 0
 
 
 def select(facts: list[Fact], config: Facts, needs_old_answer: bool) -> Selection:
-    """The facts to use. Raises InputError if none is left, or for a contradiction where `config.conflicts` is
-    `error`.
+    """The facts to use.
+
+    Raises InputError if none is left, or for a contradiction where `config.conflicts` is `error`.
     """
     dropped: Counter[str] = Counter()
     usable = []
@@ -45,6 +48,7 @@ def select(facts: list[Fact], config: Facts, needs_old_answer: bool) -> Selectio
         reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "the file holds none"
         raise InputError(f"facts.path: no fact is left of {len(facts)} ({reasons}); {_advice(dropped)}")
     limited = kept[: config.limit]
+    # Last, for only the facts in use change a locality question's answer.
     cleaned, dropped_probes = clean_probes(limited)
     return Selection(cleaned, conflicts, dropped, dropped_probes, len(kept) - len(limited))
 
@@ -63,10 +67,10 @@ def unusable(fact: Fact, needs_old_answer: bool) -> str | None:
 
 
 def clean_probes(facts: list[Fact]) -> tuple[list[Fact], Counter[str]]:
-    """`facts` without questions that cannot be scored, and how many there were of each sort.
+    """`facts` without the questions that cannot be scored, and the number of those by reason.
 
-    `no_answer`: the data give none. `edited_question`: a locality question that another fact changes
-    (CounterFact: 216 of 10,000): its answer is not meant to stay.
+    `no_answer`: the data give none. `edited_question`: another fact changes this locality question's answer,
+    so it is not meant to stay (216 of CounterFact's 10,000 facts have such a question).
     """
     edited = {text for fact in facts for text in (fact.prompt, *fact.rephrasings)}
     dropped: Counter[str] = Counter()

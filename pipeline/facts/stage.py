@@ -15,7 +15,7 @@ from pipeline.facts.select import Selection, select
 
 
 def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Write `facts.jsonl`; report what was read, dropped and kept, each with its count."""
+    """Write `facts.jsonl`; return what was read, dropped and kept, each with its count."""
     config = Facts.model_validate(section["facts"])
     reading = read(config.path, config.format, config.old_answer)
     refuse_bad_rows(reading)
@@ -33,27 +33,24 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
         "dropped": dict(selection.dropped),
         "dropped_probes": dict(selection.dropped_probes),
         "conflicts": count_conflicts(selection.conflicts),
-        "warnings": _warnings(selection, config, len(reading.facts)),
+        "warnings": [*_losses(selection, config, len(reading.facts)), *_gaps(selection.facts)],
     }
-
-
-def _warnings(selection: Selection, config: Facts, num_read: int) -> list[str]:
-    return [*_losses(selection, config, num_read), *_gaps(selection.facts)]
 
 
 def _losses(selection: Selection, config: Facts, num_read: int) -> list[str]:
     """What was taken out of the data, as sentences."""
     dropped = dict(selection.dropped)
-    contradicting = dropped.pop("contradiction", 0)
+    num_contradicting = dropped.pop("contradiction", 0)
     warnings = [
         f"{count} of {num_read} facts were dropped: {reason.replace('_', ' ')}"
         for reason, count in dropped.items()
     ]
+    # Contradictions get a sentence of their own: with `keep_first` fewer facts are dropped than contradict.
     if selection.conflicts:
         num_facts = len({i for conflict in selection.conflicts for i in conflict.facts})
-        share = f"{num_facts} of {num_read} facts ({num_facts / num_read:.1%})"
         warnings.append(
-            f"{share} contradict another fact; {contradicting} of them were dropped (facts.conflicts={config.conflicts})"
+            f"{num_facts} of {num_read} facts ({num_facts / num_read:.1%}) contradict another fact; "
+            f"{num_contradicting} of them were dropped (facts.conflicts={config.conflicts})"
         )
     num_edited = selection.dropped_probes["edited_question"]
     if num_edited:
@@ -63,24 +60,21 @@ def _losses(selection: Selection, config: Facts, num_read: int) -> list[str]:
 
 def _gaps(facts: list[Fact]) -> list[str]:
     """What the data cannot tell, as sentences."""
-    lacking = {
-        "an old answer: nothing to forget, and no leakage to measure": sum(
-            not fact.old_answers for fact in facts
-        ),
-        "a rephrasing: no generality": sum(not fact.rephrasings for fact in facts),
-        "a locality question: no locality": sum(not fact.locality for fact in facts),
+    num_lacking = {
+        "an old answer: nothing to forget, and no leakage to measure": sum(not f.old_answers for f in facts),
+        "a rephrasing: no generality": sum(not f.rephrasings for f in facts),
+        "a locality question: no locality": sum(not f.locality for f in facts),
     }
-    gaps = [f"{count} of {len(facts)} facts lack {what} there" for what, count in lacking.items() if count]
+    gaps = [f"{num} of {len(facts)} facts lack {what} there" for what, num in num_lacking.items() if num]
     return gaps + _clashes(facts)
 
 
 def _clashes(facts: list[Fact]) -> list[str]:
-    """CounterFact's neighbours share the old answer by construction, so that forgetting it must cost
-    locality.
-    """
+    """A sentence if many locality questions ask for the old answer itself, as all of CounterFact's do."""
     num_clashing = sum(any(probe.answers[0] in fact.old_answers for probe in fact.locality) for fact in facts)
     if num_clashing < len(facts) / 10:  # a chance meeting here and there moves no score
         return []
     return [
-        f"in {num_clashing} of {len(facts)} facts a locality question's answer is the old answer itself: forgetting lowers locality"
+        f"in {num_clashing} of {len(facts)} facts a locality question's answer is the old answer itself: "
+        "forgetting lowers locality"
     ]

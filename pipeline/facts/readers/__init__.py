@@ -10,14 +10,15 @@ from pipeline.facts.readers import alpaca, counterfact, flearn, knowedit, mquake
 
 
 class Reader(NamedTuple):
-    """`matches` says whether a record has the schema's shape; `read` takes it and a default id, and raises
-    RowError.
-    """
+    """How one schema is read."""
 
     matches: Callable[[dict[str, Any]], bool]
+    """Whether a record has the schema's shape."""
     read: Callable[[dict[str, Any], str], list[Fact]]
+    """The facts of a record, which is given with a default id. Raises RowError."""
 
 
+# The first that matches is taken: CounterFact stands before KnowEdit, whose required fields it has, too.
 READERS: dict[str, Reader] = {
     "flearn": Reader(flearn.matches, flearn.read),
     "zsre": Reader(zsre.matches, zsre.read),

@@ -1,7 +1,7 @@
-"""Alpaca pairs, the paper's own form: two files of `instruction, input, output`, the old answers and the new
-ones to the same questions.
+"""Alpaca pairs, the paper's own form: `instruction, input, output`.
 
-A single file holds new answers only.
+Two files answer the same questions, one with the old answers, one with the new. A single file holds new
+answers only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pipeline.facts.fields import optional_text, text, texts
 from pipeline.facts.rows import Row
 
 _OLD = "old_output"
+"""The field that `pair` adds to a record of the new file."""
 
 
 def matches(row: dict[str, Any]) -> bool:
@@ -34,24 +35,24 @@ def read(row: dict[str, Any], identifier: str) -> list[Fact]:
 
 
 def pair(old: list[Row], new: list[Row]) -> list[Row]:
-    """The records of the new file with the old file's answer to the same question, in the new file's order.
+    """The records of `new`, in order, each with the answer of `old` to the same question.
 
-    A question of the old file that the new one lacks comes last, with an empty new answer.
+    Questions that only `old` has come last, with an empty new answer, so that their loss is counted.
     """
+    # A question may come several times: its first new answer gets its first old one, and so on.
     waiting: dict[str, deque[Row]] = defaultdict(deque)
     for row in old:
         waiting[_question(row)].append(row)
     paired = [_with_old(row, waiting[_question(row)]) for row in new]
-    left = [row for rows in waiting.values() for row in rows]
-    return paired + [
-        Row(row.where, {**row.value, "output": "", _OLD: row.value.get("output")}) for row in left
-    ]
+    for row in (row for rows in waiting.values() for row in rows):
+        paired.append(Row(row.where, {**row.value, "output": "", _OLD: row.value.get("output")}))
+    return paired
 
 
 def _with_old(row: Row, candidates: deque[Row]) -> Row:
-    return (
-        Row(row.where, {**row.value, _OLD: candidates.popleft().value.get("output")}) if candidates else row
-    )
+    if not candidates:
+        return row
+    return Row(row.where, {**row.value, _OLD: candidates.popleft().value.get("output")})
 
 
 def _question(row: Row) -> str:

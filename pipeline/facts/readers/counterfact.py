@@ -1,7 +1,7 @@
-"""EasyEdit CounterFact: `case_id, prompt, target_new, subject, ground_truth, rephrase_prompt,
-locality_prompt, locality_ground_truth`.
+"""EasyEdit's CounterFact.
 
-Prompts are clozes (`The mother tongue of X is`) and stay as they are.
+A record has `case_id, prompt, target_new, subject, ground_truth, rephrase_prompt, locality_prompt,
+locality_ground_truth`. Prompts are clozes (`The mother tongue of X is`) and stay as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pipeline.facts.fields import identity, optional_text, text, texts
 
 
 def matches(row: dict[str, Any]) -> bool:
+    # `prompt` and `target_new` are KnowEdit's, too; its probes are what CounterFact lacks.
     return (
         "prompt" in row
         and "target_new" in row

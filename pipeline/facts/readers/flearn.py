@@ -1,8 +1,4 @@
-"""Our own schema, one JSON object a line: `id, subject, prompt, old_answers, new_answer, rephrasings,
-locality, portability, year`.
-
-It is `pipeline.facts.fact.Fact` as JSON; all but `prompt` and `new_answer` may be absent.
-"""
+"""Our own schema: `pipeline.facts.fact.Fact` as JSON. All but `prompt` and `new_answer` may be absent."""
 
 from __future__ import annotations
 
@@ -39,15 +35,16 @@ def read(row: dict[str, Any], identifier: str) -> list[Fact]:
 
 
 def _probes(row: dict[str, Any], name: str) -> list[Probe]:
-    items = [mapping(item, f"{name}[{i}]") for i, item in enumerate(sequence(row.get(name), name))]
-    for i, item in enumerate(items):
+    probes = []
+    for i, value in enumerate(sequence(row.get(name), name)):
+        item = mapping(value, f"{name}[{i}]")
         _check_names(item, _PROBE_FIELDS, f"{name}[{i}].")
-    return [
-        Probe(text(item, "prompt"), texts(item, "answers"), optional_text(item, "kind")) for item in items
-    ]
+        probes.append(Probe(text(item, "prompt"), texts(item, "answers"), optional_text(item, "kind")))
+    return probes
 
 
 def _year(value: Any) -> int | None:
+    # A boolean is an int to Python, but no year.
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise RowError("year: expected a whole number")
     return value

@@ -1,9 +1,9 @@
-"""KnowEdit: `subject, prompt, target_new, ground_truth?, rephrase_prompt?, portability{group: [...]},
-locality{group: [...]}`.
+"""KnowEdit.
 
-`ground_truth` is a list (its ZsRE), a text (wiki_counterfact) or absent (wiki_recent: nobody recorded the old
-answer). The items of a group are `{prompt, ground_truth}`; a prompt may be a list, answers may be a text, a
-list, or lists of aliases.
+A record has `subject, prompt, target_new, ground_truth?, rephrase_prompt?, portability{group: [...]},
+locality{group: [...]}`. `ground_truth`, the old answer, is a list (its ZsRE), a text (wiki_counterfact) or
+absent (wiki_recent). A group's items are `{prompt, ground_truth}`: a prompt may be a list, answers may be a
+text, a list, or lists of aliases.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def read(row: dict[str, Any], identifier: str) -> list[Fact]:
 
 
 def _groups(row: dict[str, Any], name: str) -> list[Probe]:
-    groups = mapping(row.get(name) or {}, name)
-    return [
-        probe
-        for label, items in groups.items()
-        for probe in probes(items, f"{name}.{label}", "prompt", "ground_truth", label)
-    ]
+    found = []
+    for label, items in mapping(row.get(name) or {}, name).items():
+        found += probes(items, f"{name}.{label}", "prompt", "ground_truth", label)
+    return found

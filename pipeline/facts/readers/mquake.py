@@ -1,8 +1,7 @@
-"""MQuAKE: `case_id, requested_rewrite[...], questions, new_answer, new_answer_alias, ...`: multi-hop
-questions over one or more rewrites.
+"""MQuAKE: cases of one or more rewrites, with multi-hop questions.
 
-Each rewrite is a fact. The case's multi-hop questions follow from all of its rewrites together, so they are
-asked once, with the last one.
+A record has `case_id, requested_rewrite[...], questions, new_answer, new_answer_alias, ...`. Each rewrite is
+a fact. The multi-hop questions follow from all rewrites together, so they are asked once, with the last one.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ def matches(row: dict[str, Any]) -> bool:
 
 def read(row: dict[str, Any], identifier: str) -> list[Fact]:
     """One fact a rewrite: its cloze is the prompt, its question (where there is one) the rephrasing."""
-    rewrites = [
-        mapping(item, f"requested_rewrite[{i}]")
-        for i, item in enumerate(sequence(row.get("requested_rewrite"), "requested_rewrite"))
-    ]
+    items = sequence(row.get("requested_rewrite"), "requested_rewrite")
+    rewrites = [mapping(item, f"requested_rewrite[{i}]") for i, item in enumerate(items)]
     if not rewrites:
         raise RowError("requested_rewrite is empty")
     case = identity(row, "case_id", identifier)

@@ -1,5 +1,6 @@
-"""QAEdit: `id, source, prompt, target, subject, rephrase, locality[{loc, loc_ans}]`: right answers to learn,
-no old ones recorded.
+"""QAEdit: right answers to learn, without old ones.
+
+A record has `id, source, prompt, target, subject, rephrase, locality[{loc, loc_ans}]`.
 """
 
 from __future__ import annotations

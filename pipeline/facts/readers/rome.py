@@ -1,8 +1,7 @@
-"""ROME's CounterFact and multi_counterfact: `requested_rewrite{prompt, subject, target_new, target_true}` and
-lists of prompts.
+"""ROME's CounterFact and multi_counterfact.
 
-Read are `case_id, requested_rewrite, paraphrase_prompts, neighborhood_prompts`; `attribute_prompts` and
-`generation_prompts` serve metrics that are not taken here.
+Read are `case_id, requested_rewrite{prompt, subject, target_new, target_true}, paraphrase_prompts,
+neighborhood_prompts`. `attribute_prompts` and `generation_prompts` serve metrics that are not taken here.
 """
 
 from __future__ import annotations
@@ -18,21 +17,19 @@ def matches(row: dict[str, Any]) -> bool:
 
 
 def read(row: dict[str, Any], identifier: str) -> list[Fact]:
-    """One fact. Neighbourhood prompts ask about other subjects that share the old answer: it is their answer
-    too.
-    """
+    """One fact. Neighbourhood prompts ask about other subjects whose right answer is the old answer."""
     rewrite = mapping(row.get("requested_rewrite"), "requested_rewrite")
     old = target(rewrite, "target_true")
+    old_answers = [old] if old else []
     fact = Fact(
         id=identity(row, "case_id", identifier),
         prompt=filled(rewrite),
         subject=text(rewrite, "subject"),
-        old_answers=[old] if old else [],
+        old_answers=old_answers,
         new_answer=target(rewrite, "target_new"),
         rephrasings=texts(row, "paraphrase_prompts"),
         locality=[
-            Probe(prompt, [old] if old else [], "neighborhood")
-            for prompt in texts(row, "neighborhood_prompts")
+            Probe(prompt, old_answers, "neighborhood") for prompt in texts(row, "neighborhood_prompts")
         ],
     )
     return [fact]

@@ -1,7 +1,7 @@
-"""MEND / EasyEdit ZsRE: `subject, src, pred, rephrase, alt, answers, loc, loc_ans, cond`.
+"""MEND's and EasyEdit's ZsRE: `subject, src, pred, rephrase, alt, answers, loc, loc_ans, cond`.
 
-The paper forgets `pred` (the answer of the model that MEND edited, true in a fifth of the records) and learns
-`alt`; EasyEdit takes the first of `answers` (the true ones) as the old answer.
+The paper learns `alt` and forgets `pred`: the answer of the model that MEND edited, true in a fifth of the
+records. EasyEdit's old answer is the first of `answers`, the true ones.
 """
 
 from __future__ import annotations

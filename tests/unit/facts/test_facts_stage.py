@@ -1,12 +1,8 @@
-"""The facts stage and the inspection: what is kept, what is dropped, and what each of the two says about
-it.
-"""
+"""The facts stage: what is kept, what is dropped, and what it says about that."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +12,7 @@ from pipeline.config import Facts
 from pipeline.context import Context
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact, read_facts
-from pipeline.facts.inspect import inspect, render
 from pipeline.facts.stage import run
-
-ROOT = Path(__file__).parents[3]
 
 
 def row(number: int, **changes: Any) -> dict[str, Any]:
@@ -146,48 +139,3 @@ def test_a_malformed_record_stops_the_stage_and_writes_nothing(tmp_path: Path) -
 def test_a_contradiction_can_be_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"facts\.conflicts=error: 2 of 2 facts"):
         run_stage(tmp_path, [row(1, prompt="same?"), row(2, prompt="same?")], conflicts="error")
-
-
-def inspected(folder: Path) -> dict[str, Any]:
-    path = folder / "data.jsonl"
-    rows = [row(1), row(2, prompt="Q1?"), row(3, new_answer=""), row(4, rephrasings=[]), row(5, new_answer=4)]
-    path.write_text("\n".join(json.dumps(r) for r in rows))
-    return inspect(str(path))
-
-
-def test_inspection_counts_what_is_there(tmp_path: Path) -> None:
-    report = inspected(tmp_path)
-    assert json.loads(json.dumps(report)) == report
-    assert (report["format"], report["num_records"], report["num_facts"]) == ("flearn", 5, 3)
-    assert report["fields"]["new_answer"] == 5
-    assert report["having"] == {
-        "subject": 3,
-        "old answer": 3,
-        "rephrasings": 2,
-        "locality": 3,
-        "portability": 0,
-    }
-    assert report["dropped"] == {"empty_new_answer": 1}
-    assert report["conflicts"] == {"same_prompt": {"num_groups": 1, "num_facts": 2}}
-    assert report["bad_rows"] == [{"where": "line 5", "reason": "new_answer: expected text, found a number"}]
-    assert [example["id"] for example in report["examples"]] == ["f1", "f2"]
-
-
-def test_the_rendering_shows_it(tmp_path: Path) -> None:
-    text = render(inspected(tmp_path))
-    assert "flearn, 5 records, 3 usable facts" in text
-    assert "rephrasings (2 of 3)" in text
-    assert "same_prompt: 2 facts in 1 groups" in text
-    assert "line 5: new_answer" in text
-    assert "old 1 -> new 1" in text
-
-
-def test_inspection_imports_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "datasets", "numpy")
-    code = f"import sys, pipeline.facts.inspect, pipeline.facts.stage; print([name for name in {heavy!r} if name in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )

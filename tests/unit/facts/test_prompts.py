@@ -1,6 +1,4 @@
-"""Prompts, through tokenizers of the three families in use, built here: byte-level BPE, Metaspace BPE, and
-Llama 2's own arrangement.
-"""
+"""Prompts, through tokenizers like those in use: byte-level BPE, Metaspace BPE, Llama 2's."""
 
 from __future__ import annotations
 
@@ -23,7 +21,10 @@ CORPUS = [
     "The mother tongue of Danielle Darrieux is French",
     "In what year was the Portrait painted? 1650",
 ] * 5
-CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 LLAMA2_CHAT = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
@@ -53,8 +54,9 @@ def byte_level(trim_offsets: bool) -> PreTrainedTokenizerFast:
 
 
 def metaspace(legacy: bool, adds_eos: bool = False) -> PreTrainedTokenizerFast:
-    """Like Llama's: `▁` for blanks, bytes for unknown characters, BOS put in front; `legacy` prepends by a
-    normalizer, as Llama 2 does.
+    """Like Llama's: `▁` for blanks, bytes for unknown characters, BOS in front.
+
+    `legacy` puts the first `▁` there by a normalizer, as Llama 2 does.
     """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Facts
-from pipeline.facts.inspect import inspect
+from pipeline.facts.inspection import inspect
 from pipeline.facts.read import read
 from pipeline.facts.select import select
 

@@ -1,6 +1,4 @@
-"""Malformed data: every bad record by line with the reason, and one clear line for a file that is no data at
-all.
-"""
+"""Malformed data: each bad record by line, with the reason; and one clear line for what is no data at all."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Checks the rules that docs/world_updates.md states for the data set configs/facts/world_updates.jsonl, by
-reading it as plain JSON.
-"""
+"""configs/facts/world_updates.jsonl, read as plain JSON, keeps the rules of docs/world_updates.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What is in a data file: its schema, what its facts have and lack, contradictions, and malformed records by
-line.
-"""
+"""What is in a data file: its schema, what its facts have and lack, contradictions, malformed records."""
 
 from __future__ import annotations
 
@@ -17,6 +15,8 @@ from pipeline.facts.select import clean_probes, unusable
 
 _NUM_EXAMPLES = 2
 _NUM_SHOWN = 20
+_MAX_WIDTH = 160
+"""Characters of an example's line."""
 
 
 def inspect(path: str | list[str], format: str = "auto") -> dict[str, Any]:
@@ -26,6 +26,7 @@ def inspect(path: str | list[str], format: str = "auto") -> dict[str, Any]:
     known schema.
     """
     reading = read(path, format)
+    # Old answers are not demanded: whether an experiment needs them is not known here.
     reasons = [unusable(fact, needs_old_answer=False) for fact in reading.facts]
     usable = [fact for fact, reason in zip(reading.facts, reasons, strict=True) if reason is None]
     _, dropped_probes = clean_probes(usable)
@@ -46,24 +47,23 @@ def inspect(path: str | list[str], format: str = "auto") -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report as plain text."""
+    num_records, num_facts = report["num_records"], report["num_facts"]
+    dropped = [f"{reason}: {count}" for reason, count in report["dropped"].items()]
+    dropped_probes = [f"{reason}: {count}" for reason, count in report["dropped_probes"].items()]
+    conflicts = [
+        f"{kind}: {counts['num_facts']} facts in {counts['num_groups']} groups"
+        for kind, counts in report["conflicts"].items()
+    ]
+    examples = [line for example in report["examples"] for line in _example(example)]
     lines = [
-        f"{report['path']}: {report['format']}, {report['num_records']} records, {report['num_facts']} usable facts",
-        f"  fields: {_counts(report['fields'], report['num_records'])}",
-        f"  facts having: {_counts(report['having'], report['num_facts'])}",
-        *_section("dropped", [f"{reason}: {count}" for reason, count in report["dropped"].items()]),
-        *_section(
-            "locality and portability questions dropped",
-            [f"{k}: {n}" for k, n in report["dropped_probes"].items()],
-        ),
-        *_section(
-            "contradictions",
-            [
-                f"{kind}: {n['num_facts']} facts in {n['num_groups']} groups"
-                for kind, n in report["conflicts"].items()
-            ],
-        ),
+        f"{report['path']}: {report['format']}, {num_records} records, {num_facts} usable facts",
+        f"  fields: {_counts(report['fields'], num_records)}",
+        f"  facts having: {_counts(report['having'], num_facts)}",
+        *_section("dropped", dropped),
+        *_section("locality and portability questions dropped", dropped_probes),
+        *_section("contradictions", conflicts),
         *_bad_rows(report["bad_rows"]),
-        *_section("examples", [line for example in report["examples"] for line in _example(example)]),
+        *_section("examples", examples),
     ]
     return "\n".join(lines)
 
@@ -99,14 +99,15 @@ def _bad_rows(rows: list[dict[str, str]]) -> list[str]:
 
 def _example(example: dict[str, Any]) -> list[str]:
     old = _alternatives(example["old_answers"]) or "(none)"
-    parts = [f"[{example['id']}] {example['prompt']}", f"  {old} -> {example['new_answer']}"]
-    parts += [f"  rephrased: {text}" for text in example["rephrasings"][:2]]
+    lines = [f"[{example['id']}] {example['prompt']}", f"  {old} -> {example['new_answer']}"]
+    lines += [f"  rephrased: {text}" for text in example["rephrasings"][:2]]
     for name in ("locality", "portability"):
-        parts += [
-            f"  {name}: {probe['prompt']} -> {_alternatives(probe['answers'])}" for probe in example[name][:2]
-        ]
+        for probe in example[name][:2]:
+            lines.append(f"  {name}: {probe['prompt']} -> {_alternatives(probe['answers'])}")
+    # Only long lines: `shorten` also collapses blanks, and would take the indent of every other line.
     return [
-        textwrap.shorten(part.strip(), 160, placeholder=" ...") if len(part) > 160 else part for part in parts
+        textwrap.shorten(line.strip(), _MAX_WIDTH, placeholder=" ...") if len(line) > _MAX_WIDTH else line
+        for line in lines
     ]
 
 
