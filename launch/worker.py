@@ -20,8 +20,8 @@ from launch.commands.run import LOCK, lock, read_plan
 from launch.outcome import FAILED, MISTAKE, STOPPED, error_file, note_error
 from pipeline.context import Context, Preempted, device_for, log
 from pipeline.errors import InputError, refusal_message
-from pipeline.run import run_step
-from pipeline.stages import Plan, Step
+from pipeline.plan import Plan, Step
+from pipeline.run_step import run_step
 
 _LOCK_SECONDS = 5
 

@@ -9,7 +9,7 @@ from typing import Any
 from launch.commands.status import read_all
 from launch.slurm.chain import job_files, read_jobs
 from pipeline.errors import InputError
-from pipeline.stages import Plan, Step
+from pipeline.plan import Plan, Step
 
 
 def add_parser(commands: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.artifact import write_text
 from pipeline.errors import InputError
-from pipeline.stages import Plan, Step
+from pipeline.plan import Plan
 
 PUBLISHED = ("results.json", "report.html")
 
@@ -27,30 +27,25 @@ def add_parser(commands: Any) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from launch.commands.run import exclusive, read_plan
     from pipeline.context import Context
-    from pipeline.run import run_step
+    from pipeline.run_step import run_step
 
     plan = read_plan(arguments.run_dir)
-    missing = [step.id for step in plan.pending() if step.stage != "report"]
+    missing = [step.id for step in plan.pending() if step is not plan.report]
     if missing:
         raise InputError(
             f"{plan.run_dir}: {len(missing)} steps have not finished ({missing[0]}, ...); run the experiment again first"
         )
-    step = _report_step(plan)
     with exclusive(plan.run_dir):
-        plan.artifact(step).retract()
-        run_step(plan, step, Context())
+        plan.artifact(plan.report).retract()
+        run_step(plan, plan.report, Context())
         publish(plan)
     show(plan)
     return 0
 
 
-def _report_step(plan: Plan) -> Step:
-    return next(step for step in plan.steps.values() if step.stage == "report")
-
-
 def publish(plan: Plan) -> None:
     """Put the report of this plan at the top of the run's folder, where people look for it."""
-    folder = plan.artifact(_report_step(plan)).folder
+    folder = plan.artifact(plan.report).folder
     for name in PUBLISHED:
         text = (folder / name).read_text(encoding="utf-8")
         target = plan.run_dir / name

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.outcome import STOPPED
-from pipeline import config, stages
+from pipeline import config
 from pipeline.artifact import write_json
 from pipeline.config import Experiment
 from pipeline.errors import InputError
-from pipeline.stages import Plan
+from pipeline.plan import Plan, make_plan
 
 PLAN = "plan.json"
 LOCK = ".lock"
@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.on == "here" and _is_one_rank():
         overrides += [f"cluster.ranks={os.environ['WORLD_SIZE']}", "cluster.nodes=1"]
     experiment = config.load(arguments.config, overrides)
-    plan = stages.plan(experiment)
+    plan = make_plan(experiment)
     if arguments.dry_run:
         print(describe(plan))
         return 0 if arguments.on == "here" else _show_scripts(experiment, plan)

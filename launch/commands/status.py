@@ -19,7 +19,7 @@ from launch.slurm import scheduler
 from launch.slurm.chain import ATTEMPT, job_files, read_jobs
 from launch.slurm.scheduler import JobState
 from pipeline.errors import InputError
-from pipeline.stages import Plan, Step
+from pipeline.plan import Plan, Step
 
 Row = dict[str, Any]
 _SRUN = re.compile(r"^srun: error: (\S+): tasks? (\S+): (.*)$", flags=re.MULTILINE)

@@ -17,10 +17,16 @@ from launch.slurm import chain, place, scheduler
 from launch.slurm.site import Site, load_site
 from pipeline.config import Cluster
 from pipeline.errors import InputError
+from pipeline.stages import JobShape
 
 _GIB = 1 << 30
-_JOBS = {"teach": "fine-tuning", "evaluate": "evaluation", "forget": "forgetting", "report": "report"}
-"""One stage of each shape, and what its jobs are called."""
+_JOBS: dict[JobShape, str] = {
+    "ranks": "fine-tuning",
+    "gpu": "evaluation",
+    "parts": "forgetting",
+    "cpu": "report",
+}
+"""What jobs of each shape are called here."""
 
 
 def rows(cluster: Cluster, inputs: tuple[Path, ...]) -> Generator[Row, None, Capacity | None]:
@@ -86,9 +92,9 @@ def job_rows(cluster: Cluster, site: Site) -> Iterator[Row]:
     memory.
     """
     told = set()
-    for stage, name in _JOBS.items():
-        parameters = place.parameters(stage, cluster, site)
-        parts = cluster.forget_parts if place.SHAPES[stage] == "parts" else 1
+    for job, name in _JOBS.items():
+        parameters = place.parameters(job, cluster, site)
+        parts = cluster.forget_parts if job == "parts" else 1
         executor = chain.executor(
             Path(cluster.runs_dir).expanduser().absolute(), site, job_name="flearn:doctor", **parameters
         )

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from pipeline import config
 from pipeline.config import Evaluate, LoraTraining, Training
-from pipeline.stages import Step
+from pipeline.plan import Step
 from pipeline.train import checkpoint
 
 ANSWER_TOKENS = 10

@@ -10,16 +10,15 @@ from launch.doctor.capacity import Capacity, state_of
 from launch.doctor.estimate import Data, Shape
 from launch.doctor.machine import Row
 from launch.doctor.storage import size
-from pipeline import stages
 from pipeline.config import Cluster, Evaluate, Experiment, Model
 from pipeline.errors import InputError
 from pipeline.models.packaged import resolve
-from pipeline.stages import Plan, Step
+from pipeline.plan import Plan, Step, make_plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_ESTIMATED = (*stages.TUNINGS, "forget", "evaluate")
+_ESTIMATED = (*storage.TUNINGS, "forget", "evaluate")
 _CHARACTERS_PER_TOKEN = 4
 _TEMPLATE_TOKENS = {"plain": 1, "alpaca": 40}
 _OTHER_TEMPLATE_TOKENS = 30
@@ -27,7 +26,7 @@ _OTHER_TEMPLATE_TOKENS = 30
 
 def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
     """A finding for each kind of stage still to be run, one for the disk, and one for the time."""
-    plan = stages.plan(experiment)
+    plan = make_plan(experiment)
     pending = list(plan.pending())
     if not pending:
         yield Row("experiment", "ok", f"{plan.run_dir}: all {len(plan.steps)} steps are done")

@@ -187,7 +187,7 @@ def run(cluster: Cluster, site: Site, inputs: tuple[Path, ...]) -> Iterator[Prob
             folder,
             site,
             job_name="flearn:doctor",
-            **place.parameters("teach", cluster, site) | {"time": _MINUTES},
+            **place.parameters("ranks", cluster, site) | {"time": _MINUTES},
         )
         with chain.own_environment(), chain.refusals("the probe"):
             probed.job = executor.submit(Probe(folder, inputs)).job_id

@@ -11,7 +11,7 @@ from launch.doctor import estimate
 from launch.doctor.capacity import Capacity, fits
 from launch.doctor.estimate import Data, Shape
 from pipeline.config import Cluster, Evaluate, LoraTraining, Training
-from pipeline.stages import Step
+from pipeline.plan import Step
 
 _MOST_RANKS = 64
 _SMALL_BATCH = 4

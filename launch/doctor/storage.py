@@ -11,10 +11,11 @@ from launch.doctor import estimate
 from launch.doctor.capacity import Capacity, state_of
 from launch.doctor.estimate import Data, Shape, training_of
 from launch.doctor.machine import Row
-from pipeline import stages
 from pipeline.config import Training
-from pipeline.stages import Step
+from pipeline.plan import Step
 from pipeline.weights.source import DTYPE_BYTES
+
+TUNINGS = ("teach", "tune_old", "learn")
 
 
 class Stored(NamedTuple):
@@ -52,7 +53,7 @@ def _side_by_side(pending: list[Step], passing: list[int]) -> int:
     """The largest sum of `passing` over trainings none of which needs another: of each either itself, or the
     most of those after it.
     """
-    after = {step.id: 0 for step in pending if step.stage in stages.TUNINGS}
+    after = {step.id: 0 for step in pending if step.stage in TUNINGS}
     most = 0
     for step, own in reversed(list(zip(pending, passing, strict=True))):
         if step.id in after:
@@ -75,7 +76,7 @@ def stored(step: Step, shape: Shape, data: Data) -> Stored:
     if step.stage == "forget":
         result = DTYPE_BYTES.get(step.section["forget"]["dtype"], 4) * shape.num_parameters
         return Stored(result, 0, result)
-    if step.stage not in stages.TUNINGS:
+    if step.stage not in TUNINGS:
         return Stored(0, 0, 0)
     training = training_of(step)
     checkpoint = estimate.checkpoint_bytes(shape, training)

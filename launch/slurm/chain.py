@@ -24,12 +24,13 @@ from launch.outcome import ERRORS
 from launch.slurm import place, scheduler
 from launch.slurm.job import StageJob
 from launch.slurm.site import Site, load_site
-from pipeline import config, stages
+from pipeline import config
 from pipeline.artifact import write_json
 from pipeline.config import Experiment
 from pipeline.delta.parts import missing_parts
 from pipeline.errors import InputError
-from pipeline.stages import Plan, Step
+from pipeline.plan import Plan, Step, make_plan
+from pipeline.stages import STAGES
 
 JOBS = "jobs.json"
 LOGS = "jobs"
@@ -60,7 +61,7 @@ def submit(
     queue.
     """
     experiment = config.load(Path(path), list(overrides))
-    plan = stages.plan(experiment)
+    plan = make_plan(experiment)
     if on == "slurm" and any(plan.pending()):
         scheduler.require_controller()
     with exclusive(plan.run_dir, _SECONDS_FOR_OTHERS if on == "slurm" else 0):
@@ -77,8 +78,7 @@ def write_plan(plan: Plan) -> Path:
     """Write the plan under a name of its own, since jobs of another plan of this run may still wait; returns
     its path.
     """
-    last = next(reversed(plan.steps.values()))
-    path = plan.run_dir / f"plan-{last.fingerprint}.json"
+    path = plan.run_dir / f"plan-{plan.report.fingerprint}.json"
     for target in (path, plan.run_dir / PLAN):
         write_json(target, plan.to_json())
     return path
@@ -151,13 +151,13 @@ class _Chain:
 
     def calls(self, step: Step) -> list[StageJob]:
         """What to run of a step: one job, or one for each part that is missing."""
-        if place.SHAPES[step.stage] != "parts" or self.experiment.cluster.forget_parts == 1:
+        if STAGES[step.stage].job != "parts" or self.experiment.cluster.forget_parts == 1:
             return [StageJob(self.plan_path, step.id)]
         parts = missing_parts(self.plan.artifact(step).folder, self.experiment.cluster.forget_parts)
         return [StageJob(self.plan_path, step.id, part) for part in parts]
 
     def executor(self, step: Step) -> Any:
-        parameters = place.parameters(step.stage, self.experiment.cluster, self.site)
+        parameters = place.parameters(STAGES[step.stage].job, self.experiment.cluster, self.site)
         mark = f'echo "{ATTEMPT}$((${{SLURM_RESTART_COUNT:-0}} + 1)) on $SLURM_JOB_NODELIST" >&2'
         parameters["setup"] = [mark, *parameters.get("setup", [])]
         waits = sorted({self.jobs[source.id] for source in step.inputs.values() if source.id in self.jobs})
@@ -244,7 +244,7 @@ def _run_here(plan: Plan, plan_path: Path, experiment: Experiment) -> dict[str, 
     jobs: dict[str, str] = {}
     for step in plan.pending():
         executor = submitit.LocalExecutor(folder=plan.run_dir / LOGS)
-        tasks = experiment.cluster.ranks if place.SHAPES[step.stage] == "ranks" else 1
+        tasks = experiment.cluster.ranks if STAGES[step.stage].job == "ranks" else 1
         executor.update_parameters(tasks_per_node=tasks, timeout_min=60 * 24 * 30)
         job = executor.submit(StageJob(plan_path, step.id))
         jobs[step.id] = f"{_LOCAL}{job.job_id}"

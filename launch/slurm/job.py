@@ -12,7 +12,7 @@ from typing import NoReturn
 from launch.commands.run import read_plan
 from launch.outcome import STOPPED, error_file, note_error
 from launch.slurm import scheduler
-from pipeline.stages import Plan
+from pipeline.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _publish(plan: Plan, step: str) -> None:
     from launch.commands import report
 
     if (
-        plan.steps[step].stage == "report"
+        plan.steps[step] is plan.report
         and plan.artifact(plan.steps[step]).is_complete
         and step in read_plan(plan.run_dir).steps
     ):

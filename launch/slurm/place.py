@@ -1,33 +1,17 @@
-"""From a stage to a scheduler's resources: the shape of each stage's job, in submitit's parameters."""
+"""From the shape of a stage's job to a scheduler's resources, in submitit's parameters."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from launch.slurm.site import Site
 from pipeline.config import Cluster
 from pipeline.errors import InputError
-
-Shape = Literal["ranks", "gpu", "cpu", "parts"]
-
-SHAPES: dict[str, Shape] = {
-    "facts": "cpu",
-    "model": "cpu",
-    "teach": "ranks",
-    "tune_old": "ranks",
-    "forget": "parts",
-    "learn": "ranks",
-    "evaluate": "gpu",
-    "report": "cpu",
-}
-"""ranks: all ranks, a GPU each; gpu: one process with one; cpu: one without; parts: an array of processes
-without.
-"""
+from pipeline.stages import JobShape
 
 
-def parameters(stage: str, cluster: Cluster, site: Site) -> dict[str, Any]:
-    """Parameters of submitit's SlurmExecutor for a job of `stage`."""
-    shape = SHAPES[stage]
+def parameters(shape: JobShape, cluster: Cluster, site: Site) -> dict[str, Any]:
+    """Parameters of submitit's SlurmExecutor for a job of that shape."""
     nodes, tasks = _layout(cluster) if shape == "ranks" else (1, 1)
     wants_gpu = shape in ("ranks", "gpu") and site.gpus is not None
     found: dict[str, Any] = {

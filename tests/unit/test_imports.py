@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # same line.
 ORDER = [
     ["pipeline.errors"],
-    ["pipeline.settings", "pipeline.artifact", "pipeline.methods"],
+    ["pipeline.settings", "pipeline.artifact", "pipeline.methods", "pipeline.stages"],
     ["pipeline.config"],
     ["pipeline.context"],
     ["pipeline.facts", "pipeline.weights"],
@@ -23,8 +23,8 @@ ORDER = [
     ["pipeline.models"],
     ["pipeline.train", "pipeline.evaluate"],
     ["pipeline.report"],
-    ["pipeline.stages"],
-    ["pipeline.run"],
+    ["pipeline.plan"],
+    ["pipeline.run_step"],
     ["launch"],
 ]
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "matplotlib", "numpy", "submitit")

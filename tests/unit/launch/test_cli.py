@@ -17,9 +17,10 @@ from delta_models import layered, save, write_pair
 from launch import worker
 from launch.cli import main
 from launch.outcome import FAILED, MISTAKE
-from pipeline import config, stages
+from pipeline import config
 from pipeline.context import Context, log
 from pipeline.errors import InputError
+from pipeline.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[3]
 REFUSALS = [errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES]
@@ -111,8 +112,8 @@ def test_models_that_differ_in_many_tensors_are_said_to_do_so_first(
     assert told.count("is missing from the tuned model") == 18
 
 
-def one_step(runs_dir: Path) -> tuple[stages.Plan, str]:
-    plan = stages.plan(config.load(ROOT / "configs/quickstart.yaml", [f"cluster.runs_dir={runs_dir}"]))
+def one_step(runs_dir: Path) -> tuple[Plan, str]:
+    plan = make_plan(config.load(ROOT / "configs/quickstart.yaml", [f"cluster.runs_dir={runs_dir}"]))
     return plan, next(iter(plan.steps))
 
 

@@ -14,9 +14,10 @@ from launch.doctor.capacity import Capacity
 from launch.doctor.estimate import Data, Shape
 from launch.doctor.machine import Devices
 from launch.doctor.remedy import evaluation_remedy, training_remedy
-from pipeline import config, stages
+from pipeline import config
 from pipeline.config import Cluster, Evaluate, Forget, FullTraining, LoraTraining, Model
 from pipeline.errors import InputError
+from pipeline.plan import make_plan
 
 GB = 10**9
 
@@ -214,7 +215,7 @@ def test_too_small_a_gpu_fails_and_says_what_would_do(experiment: config.Experim
 def test_the_advice_is_the_least_that_fits(
     experiment: config.Experiment, gpu_gb: int, micro_batch_size: int, record_tokens: int, advice: str
 ) -> None:
-    step = next(step for step in stages.plan(experiment).steps.values() if step.stage == "teach")
+    step = next(step for step in make_plan(experiment).steps.values() if step.stage == "teach")
     training = estimate.training_of(step).model_copy(update={"micro_batch_size": micro_batch_size})
     data, capacity = DATA._replace(record_tokens=record_tokens), A100._replace(device_bytes=gpu_gb * GB)
     assert (
@@ -224,7 +225,7 @@ def test_the_advice_is_the_least_that_fits(
 
 
 def test_advice_where_ranks_share_the_hosts_memory(experiment: config.Experiment) -> None:
-    step = next(step for step in stages.plan(experiment).steps.values() if step.stage == "teach")
+    step = next(step for step in make_plan(experiment).steps.values() if step.stage == "teach")
     training = estimate.training_of(step)
     host = A100._replace(device_bytes=None, host_bytes=170 * GB)
     advice = training_remedy(step, SHAPE_7B, training, experiment.cluster, DATA, host)
@@ -269,7 +270,7 @@ def test_advice_where_ranks_share_the_hosts_memory(experiment: config.Experiment
 def test_advice_of_more_ranks_can_be_followed(
     experiment: config.Experiment, gpu_gb: int, cluster: dict[str, int], capacity: Capacity, advice: str
 ) -> None:
-    step = next(step for step in stages.plan(experiment).steps.values() if step.stage == "teach")
+    step = next(step for step in make_plan(experiment).steps.values() if step.stage == "teach")
     capacity = capacity._replace(device_bytes=gpu_gb * GB)
     assert (
         training_remedy(step, SHAPE_7B, estimate.training_of(step), Cluster(**cluster), DATA, capacity)
@@ -327,7 +328,7 @@ def test_too_small_a_disk(experiment: config.Experiment) -> None:
 
 
 def test_checkpoints_on_the_way_are_written_too(experiment: config.Experiment) -> None:
-    step = next(step for step in stages.plan(experiment).steps.values() if step.stage == "teach")
+    step = next(step for step in make_plan(experiment).steps.values() if step.stage == "teach")
     num_parameters = SHAPE_7B.num_parameters
     few = storage.stored(step, SHAPE_7B, DATA)  # 3 epochs of 16 steps: none before the last
     assert few == (4 * num_parameters, (14 - 4) * num_parameters, (6 + 4) * num_parameters)

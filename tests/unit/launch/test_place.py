@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 
-from launch.slurm.place import SHAPES, parameters
+from launch.slurm.place import parameters
 from launch.slurm.site import Site, load_site
 from pipeline.config import Cluster
 from pipeline.errors import InputError
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, JobShape
 
 TWO_NODES = Cluster(ranks=8, nodes=2)
-
-
-def test_every_stage_has_a_shape() -> None:
-    assert SHAPES.keys() == STAGES.keys()
 
 
 def test_a_fine_tuning_has_a_task_and_a_gpu_for_each_rank() -> None:
@@ -30,7 +26,7 @@ def test_a_fine_tuning_has_a_task_and_a_gpu_for_each_rank() -> None:
         account="lab",
         qos="high",
     )
-    found = parameters("teach", TWO_NODES, site)
+    found = parameters("ranks", TWO_NODES, site)
     assert {
         name: found[name]
         for name in ("nodes", "ntasks_per_node", "cpus_per_task", "mem", "partition", "account", "qos")
@@ -52,26 +48,31 @@ def test_a_fine_tuning_has_a_task_and_a_gpu_for_each_rank() -> None:
 )
 def test_gpus_as_the_site_wants_them_asked_for(gpus: Any, option: dict[str, str]) -> None:
     assert (
-        parameters("learn", TWO_NODES, Site(gpus=gpus))["additional_parameters"] == {"requeue": True} | option
+        parameters("ranks", TWO_NODES, Site(gpus=gpus))["additional_parameters"] == {"requeue": True} | option
     )
 
 
-@pytest.mark.parametrize("stage", ["facts", "model", "forget", "report"])
-def test_what_needs_no_gpu_takes_none_and_goes_to_the_cpu_partition(stage: str) -> None:
-    found = parameters(stage, TWO_NODES, Site(partition="gpu", cpu_partition="cpu", gpus="gres"))
+def test_stages_that_use_a_gpu() -> None:
+    jobs = {name: stage.job for name, stage in STAGES.items() if stage.job in ("ranks", "gpu")}
+    assert jobs == {"teach": "ranks", "tune_old": "ranks", "learn": "ranks", "evaluate": "gpu"}
+
+
+@pytest.mark.parametrize("shape", ["cpu", "parts"])
+def test_what_needs_no_gpu_takes_none_and_goes_to_the_cpu_partition(shape: JobShape) -> None:
+    found = parameters(shape, TWO_NODES, Site(partition="gpu", cpu_partition="cpu", gpus="gres"))
     assert (found["nodes"], found["ntasks_per_node"], found["partition"]) == (1, 1, "cpu")
     assert "gres" not in found["additional_parameters"]
 
 
 def test_an_evaluation_has_one_gpu() -> None:
-    found = parameters("evaluate", TWO_NODES, Site(partition="gpu", gpus="gres"))
+    found = parameters("gpu", TWO_NODES, Site(partition="gpu", gpus="gres"))
     assert (found["nodes"], found["ntasks_per_node"]) == (1, 1)
     assert found["additional_parameters"]["gres"] == "gpu:1"
 
 
 def test_a_sites_own_options_are_added() -> None:
     found = parameters(
-        "teach",
+        "ranks",
         TWO_NODES,
         Site(sbatch={"constraint": "a100", "exclusive": True}, srun_args=["--container-image=x"]),
     )
@@ -98,4 +99,4 @@ def test_a_wrong_site_file_is_one_line_that_names_the_field(tmp_path: Path, text
 
 def test_memory_in_another_unit_is_refused() -> None:
     with pytest.raises(InputError, match="memory_per_rank"):
-        parameters("teach", TWO_NODES, Site(memory_per_rank="60000M"))
+        parameters("ranks", TWO_NODES, Site(memory_per_rank="60000M"))

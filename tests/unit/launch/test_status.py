@@ -14,9 +14,9 @@ from slurm_commands import Recorded
 
 from launch.cli import main
 from launch.slurm.chain import ATTEMPT, write_plan
-from pipeline import config, stages
+from pipeline import config
 from pipeline.artifact import write_json
-from pipeline.stages import Plan
+from pipeline.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[3]
 JOB = "55725718"
@@ -45,7 +45,7 @@ EXITED = TWICE.replace("task 1: Killed", "task 1: Exited with exit code 2")
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """Of a run of which `facts` and `model` are done, and whose `teach` is job 55725718."""
-    made = stages.plan(
+    made = make_plan(
         config.load(ROOT / "configs/quickstart.yaml", [f"cluster.runs_dir={tmp_path}", "methods=[flearn_ft]"])
     )
     write_plan(made)

@@ -19,8 +19,8 @@ from pipeline.artifact import MANIFEST, Artifact
 from pipeline.config import Experiment
 from pipeline.evaluate.scores import METRICS, aggregate
 from pipeline.facts.fact import Fact, Probe, write_facts
+from pipeline.plan import Plan, Step, make_plan
 from pipeline.report.results import build
-from pipeline.stages import Plan, Step, plan
 
 METHODS = ["full_ft", "lora", "flearn_ft", "flearn_lora", "flearn_lora_ft"]
 Json = dict[str, Any]
@@ -73,7 +73,7 @@ class FakeRun:
     answer: str = "{text}"
 
     def write(self, folder: Path) -> tuple[Json, dict[str, Artifact]]:
-        """The report step's section and inputs, as `pipeline.run` hands them over."""
+        """The report step's section and inputs, as `pipeline.run_step` hands them over."""
         folder.mkdir(parents=True, exist_ok=True)
         write_facts(folder / "source.jsonl", self.facts())
         steps = self._plan(folder)
@@ -101,7 +101,7 @@ class FakeRun:
         ]  # fmt: skip
 
     def _plan(self, folder: Path) -> Plan:
-        return plan(
+        return make_plan(
             Experiment.model_validate(
                 {
                     "name": "towns",

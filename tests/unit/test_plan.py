@@ -14,13 +14,14 @@ from pipeline import config
 from pipeline.delta.subtract import ARITHMETIC_VERSION
 from pipeline.errors import InputError
 from pipeline.methods import METHODS
-from pipeline.stages import STAGES, Plan, plan
+from pipeline.plan import Plan, make_plan
+from pipeline.stages import STAGES
 
-QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 
 
 def planned(*overrides: str) -> Plan:
-    return plan(config.load(QUICKSTART, list(overrides)))
+    return make_plan(config.load(QUICKSTART, list(overrides)))
 
 
 def changed(*overrides: str) -> set[str]:

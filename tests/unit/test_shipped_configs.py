@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import config, stages
+from pipeline import config
 from pipeline.config import Experiment
+from pipeline.plan import make_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -77,7 +78,7 @@ def test_every_experiment_of_the_paper_is_shipped() -> None:
 def test_loads_and_plans(name: str, overrides: dict[str, Any]) -> None:
     experiment = load(name, overrides)
     assert experiment.name == name and experiment.methods == METHODS
-    plan = stages.plan(experiment)
+    plan = make_plan(experiment)
     # Shared: facts, model, teach, the original's scores, the report. By method: learn and its scores; two
     # tunings on the old facts with their scores; the subtractions, which are shared where lambda is the same,
     # with theirs.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import time
@@ -22,7 +21,8 @@ from pipeline.context import (
     reset_peak_memory,
 )
 from pipeline.errors import InputError
-from pipeline.stages import STAGES, TUNINGS, Plan, Step
+from pipeline.plan import Plan, Step
+from pipeline.stages import STAGES, load
 
 ATTEMPTS = "attempts.json"
 
@@ -97,22 +97,21 @@ def _attempt(output: Artifact, context: Context) -> Iterator[Attempt]:
 
 
 def _check_ahead(plan: Plan, step: Step, context: Context) -> None:
-    """Before the first fine-tuning: whether the others could start. Raises InputError for settings or records
-    that cannot work.
+    """Before the first of the steps that can be checked: check all others. Raises InputError.
 
-    Hours later, when their turn comes, would be a bad time to learn it.
+    Hours later, when their turn comes, would be a bad time to learn of settings or records that cannot work.
     """
-    tunings = [other for other in plan.steps.values() if other.stage in TUNINGS]
-    if step not in tunings or any(plan.artifact(other).is_complete for other in tunings):
+    checked = [other for other in plan.steps.values() if STAGES[other.stage].check is not None]
+    if step not in checked or any(plan.artifact(other).is_complete for other in checked):
         return
-    from pipeline.train.job import plan_job
-
-    for other in tunings:
-        if other is step:  # checks itself
+    for other in checked:
+        check = STAGES[other.stage].check
+        if other is step or check is None:  # a step checks itself when it starts
             continue
-        inputs = {"model": plan.artifact(_base_of(other)), "facts": plan.artifact(other.inputs["facts"])}
+        inputs = {role: plan.artifact(source) for role, source in other.inputs.items()}
+        inputs["model"] = plan.artifact(_base_of(other))
         try:
-            plan_job(other.section, inputs, context)
+            load(check)(other.section, inputs, context)
         except InputError as error:
             raise InputError(f"{other.stage} ({', '.join(other.methods)}): {error}") from None
 
@@ -121,8 +120,8 @@ def _base_of(step: Step) -> Step:
     """The base model that `step` descends from: its config and tokenizer are those of all models made of
     it.
     """
-    while step.stage != "model":
-        step = step.inputs["base" if step.stage == "forget" else "model"]
+    while source := step.inputs.get("base") or step.inputs.get("model"):
+        step = source
     return step
 
 
@@ -130,8 +129,7 @@ def _call(
     step: Step, inputs: dict[str, Artifact], output: Artifact, context: Context
 ) -> dict[str, Any] | None:
     stage = STAGES[step.stage]
-    module, _, name = stage.function.partition(":")
-    function: StageFunction = getattr(importlib.import_module(module), name)
+    function: StageFunction = load(stage.function)
     if stage.ranks == "all":
         return function(step.section, inputs, output.folder, context)
     result: dict[str, Any] | None = None
