@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from pipeline.delta.disk import PAGE
 from pipeline.delta.parts import missing_parts
 from pipeline.errors import InputError
 
-NUM_LAYERS = 100
+NUM_LAYERS = 20
+"""Of a shard each: more than the threads that may be at work when the warning comes."""
 
 
 @pytest.fixture(autouse=True)
-def _slow_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_BYTES", PAGE)
 
 
@@ -63,29 +65,42 @@ def whole(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.glob("model/*.safetensors")}
 
 
+def warn_after(num_shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGUSR2 when so many shards are in place. No thread begins another before the stage has given up:
+    only then does it join the threads without a time limit.
+    """
+    gave_up = threading.Event()
+    numbers = count(1)
+    replace, join = os.replace, threading.Thread.join
+
+    def replace_and_hold(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).suffix != ".safetensors":
+            return
+        number = next(numbers)
+        if number == num_shards:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        if number >= num_shards:
+            assert gave_up.wait(60), "the warning was not heeded"
+
+    def join_and_release(thread: threading.Thread, timeout: float | None = None) -> None:
+        if timeout is None:
+            gave_up.set()
+        join(thread, timeout)
+
+    monkeypatch.setattr(os, "replace", replace_and_hold)
+    monkeypatch.setattr(threading.Thread, "join", join_and_release)
+
+
 def test_a_warning_in_the_middle_loses_no_shard_that_is_done(
-    inputs: dict[str, Artifact], context: Context, tmp_path: Path
+    inputs: dict[str, Artifact], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-
-    is_over = threading.Event()
-
-    def warn() -> None:
-        while not whole(out) and not is_over.wait(0.001):
-            pass
-        if not is_over.is_set():
-            os.kill(os.getpid(), signal.SIGUSR2)
-
-    warning = threading.Thread(target=warn)
-    warning.start()
-    try:
-        with pytest.raises(Preempted, match="the shards that are done are kept"):
-            run(inputs, out, context)
-    finally:
-        is_over.set()
-        warning.join()
+    warn_after(3, monkeypatch)
+    with pytest.raises(Preempted, match="the shards that are done are kept"):
+        run(inputs, out, context)
     before = whole(out)
-    assert 0 < len(before) < NUM_LAYERS
+    assert 3 <= len(before) < NUM_LAYERS
     assert not (out / "model/manifest.json").exists()
     assert run(inputs, out, Context()) is not None
     after = whole(out)
