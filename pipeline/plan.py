@@ -80,6 +80,11 @@ class Plan:
         return Artifact(self.run_dir / step.id)
 
     @property
+    def facts(self) -> Step:
+        """The first step, whose facts all others are about."""
+        return next(iter(self.steps.values()))
+
+    @property
     def report(self) -> Step:
         """The last step, which reads all others."""
         return next(reversed(self.steps.values()))

@@ -45,6 +45,7 @@ STAGES: dict[str, Stage] = {
         ranks="all",
         job="ranks",
         check="pipeline.train.job:plan_job",
+        needs="pipeline.train.training_needs:training_needs",
     ),
     "tune_old": Stage(
         "pipeline.train.stage:run",
@@ -52,12 +53,19 @@ STAGES: dict[str, Stage] = {
         ranks="all",
         job="ranks",
         check="pipeline.train.job:plan_job",
+        needs="pipeline.train.training_needs:training_needs",
         label="FT-old",
         is_update=True,
     ),
     # Its version goes up with ARITHMETIC_VERSION: a subtraction that an earlier version began cannot go on.
     "forget": Stage(
-        "pipeline.delta.stage:run", version=2, ranks="one", job="parts", label="subtract", is_update=True
+        "pipeline.delta.stage:run",
+        version=2,
+        ranks="one",
+        job="parts",
+        needs="pipeline.delta.forget_needs:forget_needs",
+        label="subtract",
+        is_update=True,
     ),
     "learn": Stage(
         "pipeline.train.stage:run",
@@ -65,9 +73,16 @@ STAGES: dict[str, Stage] = {
         ranks="all",
         job="ranks",
         check="pipeline.train.job:plan_job",
+        needs="pipeline.train.training_needs:training_needs",
         is_update=True,
     ),
-    "evaluate": Stage("pipeline.evaluate.stage:run", version=1, ranks="all", job="gpu"),
+    "evaluate": Stage(
+        "pipeline.evaluate.stage:run",
+        version=1,
+        ranks="all",
+        job="gpu",
+        needs="pipeline.evaluate.evaluation_needs:evaluation_needs",
+    ),
     "report": Stage("pipeline.report.stage:run", version=2, ranks="one", job="cpu"),
 }
 

@@ -78,19 +78,18 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
         from launch.doctor import forecast
 
         if gpu_bytes is not None:
-            capacity = capacity._replace(device_bytes=gpu_bytes, flops=None, num_gpus=None)
+            capacity = capacity._replace(device_bytes=gpu_bytes, flops=None)
         yield from forecast.rows(experiment, capacity)
 
 
 def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capacity]:
     """Measuring speed takes the GPU's memory for a moment: not for a health check beside a training."""
-    from launch.doctor import speed
-    from launch.doctor.capacity import Capacity
+    from launch.doctor.capacity import Capacity, measure_flops
 
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     devices = machine.find_devices()
     yield from machine.rows(runs_dir, cluster.ranks, devices)
-    flops = speed.measure_flops() if needs_flops else None
+    flops = measure_flops() if needs_flops else None
     if flops is not None and not devices.names:  # the cores' speed, which the ranks share
         flops = {precision: value / cluster.ranks for precision, value in flops.items()}
     return Capacity(
@@ -98,7 +97,6 @@ def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capa
         host_bytes=machine.host_memory_bytes(),
         disk_bytes=shutil.disk_usage(machine.existing(runs_dir)).free,
         flops=flops,
-        num_gpus=len(devices.names) or None,
     )
 
 

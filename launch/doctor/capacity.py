@@ -1,11 +1,16 @@
-"""What a machine has, and how much of it one rank may use."""
+"""What a machine has: memory, disk and speed, and how much of them one rank may use."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import os
+import time
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from launch.doctor.machine import State
 from pipeline.config import Cluster
+
+if TYPE_CHECKING:
+    import torch
 
 _EFFICIENCY = 0.4
 """Share of a plain matrix product's speed that training reaches."""
@@ -20,29 +25,25 @@ class Capacity(NamedTuple):
     disk_bytes: int
     flops: dict[str, float] | None
     """Floating-point operations a second of one rank, on a GPU or its share of the cores, in a large matrix
-    product of each precision.
-
-    None: not measured.
+    product of each precision. None: not measured.
     """
     on_cluster: bool = False
     """Whether a scheduler runs the steps: side by side where none needs the other, and an evaluation on one
     rank, not on all.
     """
-    num_gpus: int | None = None
-    """How many GPUs there can be; None: as many as are asked for, or none at all."""
     rank_bytes: int | None = None
     """What a scheduler gives each rank of the host's memory; None: the ranks share it."""
-
-    def limit(self, cluster: Cluster) -> int:
-        """Bytes that one of the cluster's ranks may use."""
-        return (
-            self.own_bytes if self.own_bytes is not None else self.host_bytes * cluster.nodes // cluster.ranks
-        )
 
     @property
     def own_bytes(self) -> int | None:
         """The memory of each rank, however many there are; None where they share the host's."""
         return self.device_bytes if self.device_bytes is not None else self.rank_bytes
+
+    def limit(self, cluster: Cluster) -> int:
+        """Bytes that one of the cluster's ranks may use."""
+        if self.own_bytes is not None:
+            return self.own_bytes
+        return self.host_bytes * cluster.nodes // cluster.ranks
 
     def rate(self, precision: Literal["bf16", "fp32"], ranks: int) -> float:
         """Operations a second of `ranks` ranks; infinite where their speed was not measured."""
@@ -51,9 +52,36 @@ class Capacity(NamedTuple):
 
 def state_of(needed: int, available: int) -> State:
     """Whether `needed` bytes fit: estimates are rough, so a close fit is a warning."""
-    return "fail" if needed > available else "warn" if not fits(needed, available) else "ok"
+    if needed > available:
+        return "fail"
+    return "ok" if needed <= _TIGHT * available else "warn"
 
 
-def fits(needed: int, available: int) -> bool:
-    """Whether there is room to spare."""
-    return needed <= _TIGHT * available
+def measure_flops() -> dict[str, float]:
+    """Floating-point operations a second in a large matrix product of each precision: of one GPU, or of all
+    cores of this process.
+
+    They differ widely: GPUs are many times faster in bf16, CPUs without instructions for it many times slower.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    flops = {"bf16": _product_flops(torch.bfloat16), "fp32": _product_flops(torch.float32)}
+    torch.set_num_threads(threads)
+    return flops
+
+
+def _product_flops(dtype: torch.dtype) -> float:
+    """The best of as many products as half a second has room for."""
+    import torch
+
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (512, "cpu")
+    matrix = torch.rand(size, size, dtype=dtype, device=device)
+    best, end = float("inf"), time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

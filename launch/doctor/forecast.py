@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from launch.doctor import estimate, remedy, storage
 from launch.doctor.capacity import Capacity, state_of
-from launch.doctor.estimate import Data, Shape
+from launch.doctor.inputs import data_size, model_size
 from launch.doctor.machine import Row
-from launch.doctor.storage import size
-from pipeline.config import Cluster, Evaluate, Experiment, Model
-from pipeline.errors import InputError
-from pipeline.models.packaged import resolve
-from pipeline.plan import Plan, Step, make_plan
+from pipeline.config import Cluster, Experiment
+from pipeline.needs import DataSize, ModelSize, Needs
+from pipeline.plan import Step, make_plan
+from pipeline.stages import STAGES, load
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
-_ESTIMATED = (*storage.TUNINGS, "forget", "evaluate")
-_CHARACTERS_PER_TOKEN = 4
-_TEMPLATE_TOKENS = {"plain": 1, "alpaca": 40}
-_OTHER_TEMPLATE_TOKENS = 30
+class Want(NamedTuple):
+    """A step still to be run, and what it wants."""
+
+    step: Step
+    needs: Needs
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one process."""
+        return sum(self.needs.memory.values())
 
 
 def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
@@ -31,200 +33,146 @@ def rows(experiment: Experiment, capacity: Capacity) -> Iterator[Row]:
     if not pending:
         yield Row("experiment", "ok", f"{plan.run_dir}: all {len(plan.steps)} steps are done")
         return
-    shape = shape_of(experiment.model)
-    if isinstance(shape, str):
-        yield Row(
-            "estimates",
-            "warn",
-            f"none: {shape}",
-            "fetch the model first, or give a local folder: --set model.path=...",
-        )
+    model = model_size(experiment.model)
+    if isinstance(model, str):
+        advice = "fetch the model first, or give a local folder: --set model.path=..."
+        yield Row("estimates", "warn", f"none: {model}", advice)
         return
-    data = read_data(plan, experiment)
-    yield _experiment_row(experiment, shape, data)
-    needs = [
-        _need(experiment.cluster, step, shape, data, capacity) for step in pending if step.stage in _ESTIMATED
-    ]
-    yield from _merged(needs)
-    yield storage.disk_row(pending, shape, data, capacity)
-    yield _time_row(needs, capacity)
+    data = data_size(plan, experiment)
+    yield _experiment_row(experiment, model, data)
+    wants = list(_wants(pending, model, data, experiment.cluster.ranks))
+    yield from _memory_rows(wants, experiment.cluster, capacity)
+    yield disk_row(wants, capacity)
+    yield _time_row(wants, experiment.cluster, capacity)
 
 
-def shape_of(model: Model) -> Shape | str:
-    """The model's shape from its config alone, or why that is not known. Reads the local hub cache, or the
-    hub.
-
-    Raises InputError for a config that no model can be made of.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    from pipeline.models.check import unusable_config
-    from pipeline.models.tiny import tiny_config
-
-    if model.tiny is not None:
-        config = tiny_config(model.tiny, model.tiny.vocab_size)
-    else:
-        assert model.path is not None
-        try:
-            config = AutoConfig.from_pretrained(resolve(model.path), revision=model.revision)
-        except (OSError, ValueError) as error:
-            return f"the config of {model.path} cannot be read here ({' '.join(str(error).split())[:120]})"
-        except Exception as error:
-            raise unusable_config(f"model.path: {model.path}", error) from None
-    try:
-        with no_init_weights(), torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise unusable_config(f"model.path: {model.path}", error) from None
-    module.tie_weights()
-    return _measured(module, config.get_text_config())
+def _wants(pending: list[Step], model: ModelSize, data: DataSize, ranks: int) -> Iterator[Want]:
+    for step in pending:
+        needs = STAGES[step.stage].needs
+        if needs is not None:
+            yield Want(step, load(needs)(step.section, model, data, ranks))
 
 
-def _measured(module: Any, config: PretrainedConfig) -> Shape:
-    return Shape(
-        sum(p.numel() for p in module.parameters()),
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.vocab_size,
-    )
-
-
-def read_data(plan: Plan, experiment: Experiment) -> Data:
-    """Counts of the facts that will be trained on, from the facts stage if it is done, else from the file
-    (before filtering).
-    """
-    from pipeline.facts.fact import read_facts
-    from pipeline.facts.read import read
-
-    done = [
-        plan.artifact(step).folder
-        for step in plan.steps.values()
-        if step.stage == "facts" and plan.artifact(step).is_complete
-    ]
-    settings = experiment.facts
-    facts = (
-        list(read_facts(done[0] / "facts.jsonl"))
-        if done
-        else read(settings.path, settings.format, settings.old_answer).facts
-    )
-    facts = facts[: settings.limit]
-    if not facts:
-        raise InputError(f"facts.path: no facts in {settings.path}")
-    characters = sum(len(fact.prompt) + len(fact.new_answer) for fact in facts) / len(facts)
-    template = _TEMPLATE_TOKENS.get(experiment.prompt.template, _OTHER_TEMPLATE_TOKENS)
-    locality = sum(len(fact.locality) for fact in facts) / len(facts)
-    related = sum(1 + len(fact.rephrasings) + len(fact.portability) for fact in facts) / len(facts)
-    return Data(
-        len(facts), round(characters / _CHARACTERS_PER_TOKEN) + template + 2, locality, locality + related
-    )
-
-
-def _experiment_row(experiment: Experiment, shape: Shape, data: Data) -> Row:
+def _experiment_row(experiment: Experiment, model: ModelSize, data: DataSize) -> Row:
     ranks = experiment.cluster.ranks
     detail = (
-        f"{shape.num_parameters / 1e6:,.0f}M parameters; {data.num_facts} facts of about {data.record_tokens} tokens;"
-        f" {ranks} rank{'s' if ranks > 1 else ''}. Estimates, right within a factor of two or so (formulas: launch/doctor/estimate.py)"
+        f"{model.num_parameters / 1e6:,.0f}M parameters; {data.num_facts} facts of about"
+        f" {data.record_tokens} tokens; {ranks} rank{'s' if ranks > 1 else ''}. Estimates, right within a"
+        " factor of two or so (formulas: pipeline/*/*_needs.py)"
     )
     return Row("experiment", "ok", detail)
 
 
-class Need(NamedTuple):
-    """What one step wants."""
-
-    step: Step
-    memory_bytes: int
-    """Of one rank."""
-    limit: int
-    """What it may use."""
-    whose: str
-    """Whose memory that is, with its amount."""
-    seconds: float
-    """Of computing."""
-    detail: str
-    advice: str
-    """What to change if the memory does not suffice."""
-
-
-def _need(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
-    if step.stage == "forget":
-        whose = f"of the {size(capacity.host_bytes)} that are free on the host"
-        return Need(
-            step,
-            estimate.PROCESS_BYTES,
-            capacity.host_bytes,
-            whose,
-            0,
-            "at most, however large the model is",
-            "",
-        )
-    if step.stage == "evaluate":
-        return _evaluation(cluster, step, shape, data, capacity)
-    return _training(cluster, step, shape, data, capacity)
-
-
-def _training(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
-    training, limit = estimate.training_of(step), capacity.limit(cluster)
-    memory = estimate.training_memory(shape, training, cluster.ranks, data.record_tokens)
-    tokens = estimate.num_records(step, data) * data.record_tokens
-    seconds = estimate.training_flops(shape, training, tokens) / capacity.rate(
-        training.precision, cluster.ranks
-    )
-    detail = ", ".join(f"{name} {size(value)}" for name, value in memory._asdict().items())
-    advice = remedy.training_remedy(step, shape, training, cluster, data, capacity)
-    return Need(step, memory.total, limit, f"a rank of {size(limit)}", seconds, detail, advice)
-
-
-def _evaluation(cluster: Cluster, step: Step, shape: Shape, data: Data, capacity: Capacity) -> Need:
-    settings, limit = Evaluate.model_validate(step.section["evaluate"]), capacity.limit(cluster)
-    weights, working = estimate.evaluation_memory(shape, settings, data.record_tokens)
-    seen = (
-        data.num_facts
-        * data.questions
-        * (data.record_tokens * len(settings.protocols) + settings.max_new_tokens)
-    )
-    seconds = (
-        2.0
-        * shape.num_parameters
-        * seen
-        / capacity.rate(settings.precision, 1 if capacity.on_cluster else cluster.ranks)
-    )
-    advice = remedy.evaluation_remedy(shape, settings, cluster, data, capacity)
-    detail = f"weights {size(weights)}, working {size(working)}"
-    return Need(step, weights + working, limit, f"a rank of {size(limit)}", seconds, detail, advice)
-
-
-def _merged(needs: list[Need]) -> Iterator[Row]:
+def _memory_rows(wants: list[Want], cluster: Cluster, capacity: Capacity) -> Iterator[Row]:
     """One row for all steps of a stage that want the same."""
-    groups: dict[tuple[Any, ...], list[Need]] = {}
-    for need in needs:
-        groups.setdefault((need.step.stage, need.memory_bytes, need.seconds), []).append(need)
-    for group in groups.values():
-        need = group[0]
-        methods = dict.fromkeys(method for one in group for method in one.step.methods)
-        name = f"{len(group)} x {need.step.stage}" if len(group) > 1 else need.step.stage
-        time = (
-            f"; computes for about {duration(need.seconds)}{' each' if len(group) > 1 else ''}"
-            if need.seconds
-            else ""
-        )
-        state = state_of(need.memory_bytes, need.limit)
-        detail = f"{size(need.memory_bytes)} {need.whose} ({need.detail}){time}"
+    groups: dict[tuple[Any, ...], list[Want]] = {}
+    for want in wants:
+        groups.setdefault(
+            (want.step.stage, want.memory_bytes, want.needs.flops, want.needs.precision), []
+        ).append(want)
+    for (stage, needed, *_), group in groups.items():
+        limit, whose = _share(stage, cluster, capacity)
+        parts = group[0].needs.memory
+        # One part is the whole: its name says enough.
+        told = ", ".join(f"{part} {size(held)}" if len(parts) > 1 else part for part, held in parts.items())
+        detail = f"{size(needed)} {whose} ({told})"
+        seconds = _seconds(group[0], cluster, capacity)
+        if seconds:
+            detail += f"; computes for about {duration(seconds)}{' each' if len(group) > 1 else ''}"
+        state = state_of(needed, limit)
+        methods = dict.fromkeys(method for want in group for method in want.step.methods)
+        name = f"{len(group)} x {stage}" if len(group) > 1 else stage
         yield Row(
             f"{name} ({', '.join(methods)})" if methods else name,
             state,
             detail,
-            need.advice if state != "ok" else "",
+            _advice(group[0], capacity) if state != "ok" else "",
         )
 
 
-def _time_row(needs: list[Need], capacity: Capacity) -> Row:
+def _share(stage: str, cluster: Cluster, capacity: Capacity) -> tuple[int, str]:
+    """Bytes that one process of the stage may use, and whose they are."""
+    if STAGES[stage].job in ("ranks", "gpu"):
+        limit = capacity.limit(cluster)
+        return limit, f"a rank of {size(limit)}"
+    return capacity.host_bytes, f"of the {size(capacity.host_bytes)} that are free on the host"
+
+
+def _advice(want: Want, capacity: Capacity) -> str:
+    """Its own settings, and how many ranks there are: that is the machine's side of it."""
+    if capacity.own_bytes is None:
+        ranks = "fewer ranks, which share this memory (cluster.ranks)"
+    elif STAGES[want.step.stage].job == "ranks":
+        ranks = "more ranks, which divide optimizer and gradients (cluster.ranks, cluster.nodes)"
+    else:
+        ranks = "a GPU with more memory"
+    return f"less memory: {'; or '.join(filter(None, [want.needs.advice, ranks]))}"
+
+
+def _seconds(want: Want, cluster: Cluster, capacity: Capacity) -> float:
+    """On a cluster a step that is no fine-tuning has one rank."""
+    alone = capacity.on_cluster and STAGES[want.step.stage].job != "ranks"
+    return want.needs.flops / capacity.rate(want.needs.precision, 1 if alone else cluster.ranks)
+
+
+def _time_row(wants: list[Want], cluster: Cluster, capacity: Capacity) -> Row:
     if capacity.flops is None:
         return Row("time for this run", "ok", "not estimated: the speed of GPUs that are not here is unknown")
-    seconds = sum(need.seconds for need in needs)
-    detail = f"computes for about {duration(seconds)}, one step after another; to that come the start of each step, and what it writes"
+    seconds = sum(_seconds(want, cluster, capacity) for want in wants)
+    detail = (
+        f"computes for about {duration(seconds)}, one step after another; to that come the start of each step,"
+        " and what it writes"
+    )
     return Row("time for this run", "ok", detail)
+
+
+def disk_row(wants: list[Want], capacity: Capacity) -> Row:
+    """The results that stay, the most that comes and goes at a time while stages run, and what has to be
+    written.
+    """
+    free = capacity.disk_bytes
+    stay, written = sum(want.needs.result for want in wants), sum(want.needs.written for want in wants)
+    passing = max((want.needs.passing for want in wants), default=0)
+    order = "one by one"
+    if capacity.on_cluster:
+        passing, order = _side_by_side(wants), "side by side"
+    detail = (
+        f"{size(stay + passing)} of {size(free)} free: results {size(stay)}, checkpoints of trainings {order}"
+        f" {size(passing)}; writes {size(written)} in all, checkpoints (checkpoint_every_steps) included"
+    )
+    state = state_of(stay + passing, free)
+    advice = "" if state == "ok" else "set cluster.runs_dir to a larger disk, or run fewer methods"
+    return Row("disk for this run", state, detail, advice)
+
+
+def _side_by_side(wants: list[Want]) -> int:
+    """The largest sum of `passing` over steps none of which needs another.
+
+    Each such step waits for one other at most, the last of those before it: so of each either itself counts,
+    or the most of those after it, whichever is more.
+    """
+    passing = {want.step.id: want.needs.passing for want in wants if want.needs.passing}
+    after = dict.fromkeys(passing, 0)
+    most = 0
+    for want in reversed(wants):
+        if want.step.id in after:
+            largest = max(passing[want.step.id], after[want.step.id])
+            needed = _last_before(want.step, passing)
+            if needed is None:
+                most += largest
+            else:
+                after[needed] += largest
+    return most
+
+
+def _last_before(step: Step, among: dict[str, int]) -> str | None:
+    """Of the steps `among` that `step` descends from, the last in the plan's order, which `among` keeps."""
+    found, waiting = set(), list(step.inputs.values())
+    while waiting:
+        source = waiting.pop()
+        found.add(source.id)
+        waiting += source.inputs.values()
+    return next((id for id in reversed(among) if id in found), None)
 
 
 def duration(seconds: float) -> str:
@@ -233,3 +181,10 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * unit_seconds:
             return f"{seconds / unit_seconds:.0f} {unit}"
     return f"{max(1, round(seconds))} s"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units."""
+    if num_bytes >= 1e12:
+        return f"{num_bytes / 1e12:.1f} TB"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"

@@ -62,7 +62,7 @@ class Report:
     num_seen: int = 0
     """Reports of ranks, itself included, that this one finds in the shared folder."""
     flops: dict[str, float] | None = None
-    """Rank 0 only: floating-point operations a second of its device, as `speed.measure_flops` has them."""
+    """Rank 0 only: floating-point operations a second of its device, as `measure_flops` has them."""
     signalled: bool = False
     """Whether SIGUSR2, sent to the job, reached this rank's Python."""
 
@@ -130,14 +130,14 @@ def _measure(report: Report, context: Context) -> None:
     import torch
     import torch.distributed as dist
 
-    from launch.doctor import speed
+    from launch.doctor.capacity import measure_flops
 
     ones = torch.ones(1, device=context.device)
     dist.all_reduce(ones)
     report.joined = int(ones.item()) == context.world_size
     report.device = context.device
     if context.is_main:
-        report.flops = speed.measure_flops()
+        report.flops = measure_flops()
 
 
 def _wait_for_reports(folder: Path, wanted: int) -> int:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # same line.
 ORDER = [
     ["pipeline.errors"],
-    ["pipeline.settings", "pipeline.artifact", "pipeline.methods", "pipeline.stages"],
+    ["pipeline.settings", "pipeline.artifact", "pipeline.methods", "pipeline.stages", "pipeline.needs"],
     ["pipeline.config"],
     ["pipeline.context"],
     ["pipeline.facts", "pipeline.weights"],
