@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Pair = tuple[str, str]
-"""A question and an answer that the model is made to give."""
+"""A question and an answer that is put into the model's mouth."""
 
 
 @dataclass(frozen=True)
 class Forced:
-    """The model's opinion of one answer to one question."""
+    """What a model thinks of one answer to one question."""
 
     targets: list[int]
     """The answer's tokens, without EOS."""
     argmax: list[int]
-    """The likeliest token at each of them, given the question and the answer's tokens before it."""
+    """The likeliest token in each target's place, given the question and the targets before it."""
     logprob: float
     """The answer's log-likelihood, in nats a token."""
 
@@ -28,7 +28,7 @@ class Forced:
 
 @dataclass
 class Outputs:
-    """By what was asked: the same question in two records, or for two protocols, was asked once."""
+    """Answers by what was asked: a question of two facts, or for two protocols, is asked once."""
 
     forced: dict[Pair, Forced] = field(default_factory=dict)
     generated: dict[str, str] = field(default_factory=dict)

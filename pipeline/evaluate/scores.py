@@ -1,4 +1,4 @@
-"""From records to scores: means over records, with their counts and standard errors."""
+"""From records to scores: means with counts and standard errors, over all facts and over the known ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ METRICS: dict[str, tuple[str, ...]] = {
         "old_reliability_contains",
     ),
 }
-"""Every protocol's scores of one record; each protocol means its own thing by them."""
+"""Each protocol's scores of one record. Protocols mean different things by the same name."""
 
 Row = dict[str, Any]
-"""One fact's record: `id`, `knows_old`, and for each protocol its `scores` (null where a score does not
-exist) and raw outputs.
+"""One fact's record: `id`, `knows_old`, and for each protocol its `scores` and raw outputs.
+
+A score is null where it does not exist.
 """
 
 
@@ -41,11 +42,19 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(variance / len(values))
 
 
-def aggregate(rows: Sequence[Row], protocols: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """For each of `protocols` its metrics' means over `rows`, with `counts` (records that have the score) and
-    `stderr`.
+def harmonic_mean(values: Sequence[float | None]) -> float | None:
+    """0 if one of them is 0; None if one of them is missing, or there are none."""
+    present = [value for value in values if value is not None]
+    if not present or len(present) < len(values):
+        return None
+    return 0.0 if 0 in present else len(present) / math.fsum(1 / value for value in present)
 
-    `probability` also gets ROME's `S`, the harmonic mean of its three scores.
+
+def aggregate(rows: Sequence[Row], protocols: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """For each of `protocols` its metrics' means over `rows`.
+
+    Beside them stand `counts` (records that have the score) and `stderr`. `probability` also gets ROME's `S`,
+    the harmonic mean of its three scores.
     """
     summary = {name: _summarise([row[name]["scores"] for row in rows], METRICS[name]) for name in protocols}
     if "probability" in summary:
@@ -54,18 +63,32 @@ def aggregate(rows: Sequence[Row], protocols: Sequence[str]) -> dict[str, dict[s
     return summary
 
 
+def split_by_known(rows: Sequence[Row], original: Sequence[Row], protocols: Sequence[str]) -> dict[str, Any]:
+    """Scores of `rows` over the facts that the original model knew, and over those that it did not know.
+
+    Forgetting only makes sense where it knew the old fact. `original` are that model's own rows. Facts
+    without an old answer count in neither group.
+    """
+    verdicts = {row["id"]: row["knows_old"] for row in original}
+    known = [row for row in rows if verdicts[row["id"]] is True]
+    unknown = [row for row in rows if verdicts[row["id"]] is False]
+    return {
+        "known": {
+            "num_known": len(known),
+            "num_records": len(known) + len(unknown),
+            "protocols": aggregate(known, protocols),
+        },
+        "unknown": {"num_records": len(unknown), "protocols": aggregate(unknown, protocols)},
+    }
+
+
 def _summarise(scores: list[dict[str, float | None]], metrics: tuple[str, ...]) -> dict[str, Any]:
-    values = {metric: [value for one in scores if (value := one[metric]) is not None] for metric in metrics}
+    values: dict[str, list[float]] = {}
+    for metric in metrics:
+        found = (one[metric] for one in scores)
+        values[metric] = [value for value in found if value is not None]
     return {
         **{metric: mean(found) for metric, found in values.items()},
         "counts": {metric: len(found) for metric, found in values.items()},
         "stderr": {metric: standard_error(found) for metric, found in values.items()},
     }
-
-
-def harmonic_mean(values: Sequence[float | None]) -> float | None:
-    """0 if one of them is 0; None if one of them is missing."""
-    present = [value for value in values if value is not None]
-    if not present or len(present) < len(values):
-        return None
-    return 0.0 if 0 in present else len(present) / math.fsum(1 / value for value in present)

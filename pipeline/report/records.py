@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from pipeline.artifact import Artifact
-from pipeline.evaluate.records import RECORDS
+from pipeline.evaluate.record_files import RECORDS
 
 Json = dict[str, Any]
 

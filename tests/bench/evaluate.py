@@ -25,8 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StoppingCriteria
 
 from pipeline.config import Evaluate, Prompt, TinyModel
-from pipeline.evaluate import generation, token
 from pipeline.evaluate.outputs import Outputs
+from pipeline.evaluate.protocols import generation, token
 from pipeline.evaluate.respondent import Respondent
 from pipeline.facts.fact import Fact
 from pipeline.facts.prompts import Prompter

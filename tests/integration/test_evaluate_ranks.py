@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifact import Artifact
-from pipeline.evaluate import records
+from pipeline.evaluate import record_files
 from pipeline.facts.fact import Fact, Probe, write_facts
 
 ROOT = Path(__file__).parents[2]
@@ -70,10 +70,8 @@ def codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def result(out: Path) -> tuple[Any, list[Any]]:
-    """The stage's facts and its rows; log-likelihoods are rounded, for a batch's other rows change their last
-    bits.
-    """
-    rows = json.loads(json.dumps(records.read_rows(out)), parse_float=lambda text: round(float(text), 4))
+    """The stage's result and its rows; log-likelihoods rounded, for their last bits depend on the batch."""
+    rows = json.loads(json.dumps(record_files.read_rows(out)), parse_float=lambda text: round(float(text), 4))
     return json.loads((out / "result.json").read_text()), rows
 
 
@@ -111,7 +109,7 @@ def test_two_killed_ranks_and_one_that_goes_on(folder: Path, tmp_path: Path, und
     for process in processes:
         process.kill()
     codes(processes)
-    assert 4 <= len(records.recover(out)) < NUM_FACTS
+    assert 4 <= len(record_files.recover(out)) < NUM_FACTS
     assert codes(start(folder, out, 1)) == [0]
     assert result(out) == undisturbed
 
@@ -122,7 +120,7 @@ def test_one_rank_is_asked_to_stop_and_both_do(folder: Path, tmp_path: Path, und
     wait_for_rows(out, processes)
     processes[1].send_signal(signal.SIGTERM)
     assert codes(processes) == [3, 3]
-    num_rows = len(records.recover(out))
+    num_rows = len(record_files.recover(out))
     assert 4 <= num_rows < NUM_FACTS
     assert codes(start(folder, out, 1)) == [0]
     assert result(out) == undisturbed

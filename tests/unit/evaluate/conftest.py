@@ -1,6 +1,4 @@
-"""Models that have opinions: the tiny ones with larger weights, whose answers differ from question to
-question.
-"""
+"""Models that have opinions: tiny ones with larger weights, whose answers differ between questions."""
 
 from __future__ import annotations
 
@@ -74,8 +72,9 @@ SubjectFactory = Callable[..., Subject]
 
 @pytest.fixture(scope="session")
 def subject(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SubjectFactory:
-    """`subject(architecture)`: a tiny model in fp32 with sharpened weights, in memory and in a folder; do not
-    change it.
+    """`subject(architecture)`: a tiny fp32 model with sharpened weights, in memory and in a folder.
+
+    It is shared: leave it as it is.
     """
     made: dict[str, Subject] = {}
 
@@ -95,16 +94,12 @@ def subject(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def facts() -> list[Fact]:
-    """Four facts: answers of one and of many tokens, with and without an old answer, a question shared by two
-    of them.
-    """
+    """Four facts: answers of one token and of many, with and without an old one; two share a question."""
     return FACTS
 
 
 def sharpen(model: Any, factor: float = 20) -> None:
-    """Scale the weight matrices, but not the embeddings: a model at its initial weights hardly looks at its
-    input.
-    """
+    """Scale the weight matrices, not the embeddings: with its initial ones a model hardly sees its input."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
         for parameter in model.parameters():

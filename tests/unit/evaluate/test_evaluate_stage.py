@@ -1,4 +1,4 @@
-"""The stage as a whole: scores by hand, locality against the original, resuming, stopping."""
+"""The evaluate stage: scores by hand, locality against the original, known facts, resuming, stopping."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import pytest
 from pipeline.artifact import Artifact
 from pipeline.config import Evaluate, Prompt
 from pipeline.context import Context, Preempted
-from pipeline.evaluate import records
+from pipeline.evaluate import record_files
+from pipeline.evaluate.outputs import Forced, Outputs
 from pipeline.evaluate.respondent import Respondent
-from pipeline.evaluate.stage import run
+from pipeline.evaluate.stage import knows_old, run
 from pipeline.facts.fact import Fact, write_facts
 
 Inputs = dict[str, Artifact]
 
 
-def artifact(folder: Path, **facts: Any) -> Artifact:
+def artifact(folder: Path, **result: Any) -> Artifact:
     folder.mkdir(parents=True, exist_ok=True)
     made = Artifact(folder)
-    made.commit({"result": facts})
+    made.commit({"result": result})
     return made
 
 
@@ -51,7 +52,7 @@ def evaluate(inputs: Inputs, out: Path, **settings: Any) -> dict[str, Any]:
 
 def test_an_original_model(inputs: Inputs, tmp_path: Path, facts: list[Fact]) -> None:
     result = evaluate(inputs, tmp_path / "original")
-    rows = records.read_rows(tmp_path / "original")
+    rows = record_files.read_rows(tmp_path / "original")
     assert [row["id"] for row in rows] == [fact.id for fact in facts]
     assert [path.name for path in (tmp_path / "original").iterdir()] == ["records.jsonl"]
     assert list(result["protocols"]) == ["token", "probability", "generation"]
@@ -69,11 +70,8 @@ def test_an_original_model(inputs: Inputs, tmp_path: Path, facts: list[Fact]) ->
     assert result["protocols"]["token"]["locality"] is None
     assert result["protocols"]["generation"]["locality"] is None
     assert result["protocols"]["probability"]["counts"]["locality"] == 1
-    assert (
-        result["known"]["num_known"],
-        result["known"]["num_records"],
-        result["unknown"]["num_records"],
-    ) == (0, 3, 3)
+    known, unknown = result["known"], result["unknown"]
+    assert (known["num_known"], known["num_records"], unknown["num_records"]) == (0, 3, 3)
     assert result["warnings"] == ["the original model knew 0 of 3 old facts: nothing to forget"]
     json.dumps(result, allow_nan=False)
 
@@ -86,9 +84,8 @@ def test_locality_is_measured_against_the_original(
     same = evaluate(inputs, tmp_path / "same")
     assert same["protocols"]["token"]["locality"] == same["protocols"]["generation"]["locality"] == 1
     assert same["warnings"] == []
-    # Make the original one that knew the first fact's old answer and said something else to its second
-    # locality question.
-    rows = records.read_rows(tmp_path / "original")
+    # Now the original knew the first fact's old answer, and answered its locality questions otherwise.
+    rows = record_files.read_rows(tmp_path / "original")
     rows[0]["knows_old"] = True
     rows[0]["generation"]["locality"][1] += " different"
     rows[0]["token"]["locality_argmax"][0][0] += 1
@@ -114,12 +111,12 @@ def test_rows_of_a_killed_run_are_not_computed_again(
     inputs: Inputs, tmp_path: Path, facts: list[Fact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(inputs, tmp_path / "whole")
-    rows = records.read_rows(tmp_path / "whole")
+    rows = record_files.read_rows(tmp_path / "whole")
     # Two ranks were killed, one of them while it wrote a row; one rank goes on.
     killed = tmp_path / "killed"
     killed.mkdir()
-    records.append(killed, 0, [rows[2]])
-    records.append(killed, 1, [rows[1], rows[3]])
+    record_files.append(killed, 0, [rows[2]])
+    record_files.append(killed, 1, [rows[1], rows[3]])
     part = killed / "records-rank1.jsonl"
     part.write_bytes(part.read_bytes()[:-20])
     asked: list[str] = []
@@ -132,7 +129,7 @@ def test_rows_of_a_killed_run_are_not_computed_again(
     monkeypatch.setattr(Respondent, "ask", note)
     assert evaluate(inputs, killed) == whole
     assert asked == [facts[0].id, facts[3].id]
-    assert records.read_rows(killed) == rows
+    assert record_files.read_rows(killed) == rows
 
 
 def test_nothing_is_loaded_if_all_rows_are_there(
@@ -159,5 +156,16 @@ def test_stops_between_rounds_and_goes_on(inputs: Inputs, tmp_path: Path) -> Non
     out.mkdir()
     with pytest.raises(Preempted):
         run(section(), inputs, out, StopAfter())
-    assert len(records.recover(out)) == 2, "a round of batch size 1 is two facts"
+    assert len(record_files.recover(out)) == 2, "a round of batch size 1 is two facts"
     assert evaluate(inputs, out) == whole
+
+
+def test_knowing_is_saying_so_freely_where_the_model_was_asked_else_token_by_token() -> None:
+    fact = Fact("1", "Capital?", "", ["Nur-Sultan", "Akmola"], "Astana")
+    right = {("Capital?", "Nur-Sultan"): Forced([1, 2], [1, 2], -1)}
+    wrong = {("Capital?", "Nur-Sultan"): Forced([1, 2], [1, 0], -1)}
+    assert knows_old(fact, Outputs(right)) is True
+    assert knows_old(fact, Outputs(wrong)) is False
+    assert knows_old(fact, Outputs(wrong, {"Capital?": "akmola, of course"})) is True
+    assert knows_old(fact, Outputs(right, {"Capital?": "Almaty"})) is False
+    assert knows_old(Fact("2", "Capital?", "", [], "Astana"), Outputs(right)) is None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluate.normalise import contains, is_match, normalise
+from pipeline.evaluate.protocols.generation import contains, is_match, normalise
 
 
 @pytest.mark.parametrize(

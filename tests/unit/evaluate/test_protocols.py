@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate import generation, probability, token
 from pipeline.evaluate.outputs import Forced, Outputs
+from pipeline.evaluate.protocols import generation, probability, token
 from pipeline.facts.fact import Fact, Probe
 
 EDIT, REPHRASED, OTHER = "What is the capital?", "Capital?", "Which city is the capital?"

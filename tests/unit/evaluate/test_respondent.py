@@ -1,6 +1,4 @@
-"""A batched respondent says what one unpadded record at a time says, by a full forward pass and by
-`model.generate`.
-"""
+"""A batched respondent says what one unpadded record at a time says, by a full pass and by `generate`."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ import torch
 
 from pipeline.config import Evaluate
 from pipeline.errors import InputError
-from pipeline.evaluate import generation, probability, token
 from pipeline.evaluate.outputs import Forced
+from pipeline.evaluate.protocols import generation, probability, token
 from pipeline.evaluate.respondent import Respondent
 from pipeline.facts.fact import Fact
 from pipeline.facts.prompts import Encoded
@@ -98,8 +96,7 @@ def test_generations_equal_single_questions(
     subject: Any, facts: list[Fact], architecture: str, batch_size: int
 ) -> None:
     one = subject(architecture)
-    # A token that the model likes ends some lines early: they must leave the batch, and others join it,
-    # without disturbing any.
+    # A token that the model likes ends some lines early: they leave the batch, and others join it.
     prompt = one.prompter.encode_question(facts[0].prompt)
     early = one.model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)[
         0, -1

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate.gate import knows_old, split_by_known
-from pipeline.evaluate.outputs import Forced, Outputs
-from pipeline.evaluate.scores import METRICS, aggregate, harmonic_mean, mean, standard_error
-from pipeline.facts.fact import Fact
+from pipeline.evaluate.scores import (
+    METRICS,
+    aggregate,
+    harmonic_mean,
+    mean,
+    split_by_known,
+    standard_error,
+)
 
 
 def row(
@@ -62,21 +66,7 @@ def test_the_split_follows_the_original_and_leaves_facts_without_an_old_answer_o
         row("d", reliability=0.5, knows=False),
     ]
     split = split_by_known(rows, original, ["token"])
-    assert (split["known"]["num_known"], split["known"]["num_records"], split["unknown"]["num_records"]) == (
-        2,
-        3,
-        1,
-    )
-    assert split["known"]["protocols"]["token"]["reliability"] == 0.75
-    assert split["unknown"]["protocols"]["token"]["reliability"] == 0
-
-
-def test_knowing_is_saying_so_freely_where_the_model_was_asked_else_token_by_token() -> None:
-    fact = Fact("1", "Capital?", "", ["Nur-Sultan", "Akmola"], "Astana")
-    right = {("Capital?", "Nur-Sultan"): Forced([1, 2], [1, 2], -1)}
-    wrong = {("Capital?", "Nur-Sultan"): Forced([1, 2], [1, 0], -1)}
-    assert knows_old(fact, Outputs(right)) is True
-    assert knows_old(fact, Outputs(wrong)) is False
-    assert knows_old(fact, Outputs(wrong, {"Capital?": "akmola, of course"})) is True
-    assert knows_old(fact, Outputs(right, {"Capital?": "Almaty"})) is False
-    assert knows_old(Fact("2", "Capital?", "", [], "Astana"), Outputs(right)) is None
+    known, unknown = split["known"], split["unknown"]
+    assert (known["num_known"], known["num_records"], unknown["num_records"]) == (2, 3, 1)
+    assert known["protocols"]["token"]["reliability"] == 0.75
+    assert unknown["protocols"]["token"]["reliability"] == 0

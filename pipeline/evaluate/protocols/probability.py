@@ -1,5 +1,4 @@
-"""The `probability` protocol (ROME): which of the new and the old answer the model holds more likely, in nats
-a token.
+"""The `probability` protocol (ROME): which answer the model holds more likely, the new or the old one.
 
 Reliability is ROME's efficacy score (ES), generality its paraphrase score (PS), locality its neighbourhood
 score (NS).
@@ -15,12 +14,10 @@ from pipeline.evaluate.scores import METRICS, mean
 from pipeline.facts.fact import Fact
 
 _NEIGHBOURS = "neighborhood"
-"""The kind of locality probe that asks for the fact's own old answer, about another subject (ROME's
-neighbourhood prompts).
-"""
+"""The kind of ROME's neighbourhood prompts: another subject, whose right answer is the fact's own old one."""
 
 Logprobs = dict[str, float]
-"""The log-likelihoods of the `new` and of the `old` answer to one question."""
+"""The log-likelihoods of the `new` and of the `old` answer to one question, in nats a token."""
 
 
 def pairs(fact: Fact) -> Iterator[Pair]:
@@ -32,10 +29,9 @@ def pairs(fact: Fact) -> Iterator[Pair]:
 
 
 def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dict[str, Any]:
-    """The record's scores, and the log-likelihoods that they come from: of the prompt, of each rephrasing, of
-    each neighbour.
+    """The record's scores, and the log-likelihoods that they come from.
 
-    Nothing is compared with the `reference`: the neighbourhood score looks at one model alone.
+    `reference` is not used: the neighbourhood score looks at one model alone.
     """
     if fact.old_answer is None:
         return {
@@ -47,6 +43,7 @@ def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dic
     logprobs = _logprobs(fact, [fact.prompt], outputs.forced)
     rephrasings = _logprobs(fact, fact.rephrasings, outputs.forced)
     neighbours = _logprobs(fact, _neighbours(fact), outputs.forced)
+    # Under this protocol the old answer leaks exactly where it is preferred.
     prefers_old = _share_higher("old", "new", logprobs)
     scores = {
         "reliability": _share_higher("new", "old", logprobs),
@@ -65,10 +62,11 @@ def _neighbours(fact: Fact) -> list[str]:
 
 def _logprobs(fact: Fact, questions: list[str], forced: Mapping[Pair, Forced]) -> list[Logprobs]:
     assert fact.old_answer is not None
-    answers = {"new": fact.new_answer, "old": fact.old_answer}
-    return [
-        {name: forced[question, answer].logprob for name, answer in answers.items()} for question in questions
-    ]
+    found = []
+    for question in questions:
+        new, old = forced[question, fact.new_answer], forced[question, fact.old_answer]
+        found.append({"new": new.logprob, "old": old.logprob})
+    return found
 
 
 def _share_higher(higher: str, lower: str, logprobs: list[Logprobs]) -> float | None:

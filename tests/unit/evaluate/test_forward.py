@@ -1,11 +1,11 @@
-"""Batches by length, and padding on either side."""
+"""What forward passes are made of: batches by length, padding on either side, positions."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluate.batching import batches_by_length, pad, positions_of
+from pipeline.evaluate.forward import batches_by_length, pad, positions_of
 
 
 @given(st.lists(st.integers(1, 60)), st.integers(1, 8))

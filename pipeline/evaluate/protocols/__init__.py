@@ -1,28 +1,29 @@
-"""The table of protocols: what each asks of the model and how it scores a record."""
+"""The table of protocols: what each asks of the model, and how it scores a record."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from pipeline.evaluate import generation, probability, token
 from pipeline.evaluate.outputs import Outputs, Pair
+from pipeline.evaluate.protocols import generation, probability, token
 from pipeline.facts.fact import Fact
 
 Json = dict[str, Any]
 
 
 class Protocol(NamedTuple):
-    """One way of scoring a model. `score(fact, outputs, reference)` returns `scores` by metric (None: there
-    is none) and raw outputs.
-
-    `reference` is what `score` returned for the same fact and the original model, or None for the original
-    model itself.
-    """
+    """One way of scoring a model."""
 
     pairs: Callable[[Fact], Iterable[Pair]]
+    """The (question, answer) pairs to be forced."""
     questions: Callable[[Fact], Iterable[str]]
+    """The questions to be answered freely."""
     score: Callable[[Fact, Outputs, Json | None], Json]
+    """`score(fact, outputs, reference)`: `scores` by metric (None: there is none), and raw outputs.
+
+    `reference` is what it returned for the same fact and the original model; None for the original itself.
+    """
 
 
 def _nothing(fact: Fact) -> Iterator[Any]:

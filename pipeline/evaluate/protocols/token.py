@@ -1,7 +1,6 @@
 """The `token` protocol (EasyEdit): teacher-forced argmax, token by token.
 
-It flatters: the answer's earlier tokens are given, so a model that would say something else altogether still
-gets points.
+It flatters: the answer's earlier tokens are given, so a model that would never say it still gets points.
 """
 
 from __future__ import annotations
@@ -26,22 +25,20 @@ def pairs(fact: Fact) -> Iterator[Pair]:
 
 
 def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dict[str, Any]:
-    """The record's scores, and the argmax tokens at its locality answers, which later models are compared
-    with.
+    """The record's scores, and the likeliest tokens at its locality answers, for later models' locality.
 
-    `reference` is what this function returned for the original model; None for the original itself (no
-    locality then).
+    `reference` is what this function returned for the original model; without it there is no locality.
     """
     forced = outputs.forced
+    rephrasings = [forced[rephrasing, fact.new_answer] for rephrasing in fact.rephrasings]
+    portability = [forced[probe.prompt, probe.answers[0]] for probe in _answered(fact.portability)]
     old = forced[fact.prompt, fact.old_answer] if fact.old_answer is not None else None
     locality = [forced[probe.prompt, probe.answers[0]].argmax for probe in _answered(fact.locality)]
     scores = {
         "reliability": forced[fact.prompt, fact.new_answer].accuracy,
-        "generality": mean([forced[rephrasing, fact.new_answer].accuracy for rephrasing in fact.rephrasings]),
+        "generality": mean([one.accuracy for one in rephrasings]),
         "locality": None if reference is None else _agreements(locality, reference["locality_argmax"]),
-        "portability": mean(
-            [forced[probe.prompt, probe.answers[0]].accuracy for probe in _answered(fact.portability)]
-        ),
+        "portability": mean([one.accuracy for one in portability]),
         "leakage": None if old is None else float(old.accuracy == 1),
         "old_reliability": None if old is None else old.accuracy,
     }
@@ -49,7 +46,7 @@ def score(fact: Fact, outputs: Outputs, reference: dict[str, Any] | None) -> dic
 
 
 def _answered(probes: list[Probe]) -> list[Probe]:
-    """Probes with an answer; of a locality question it only says at how many tokens to look."""
+    # A locality question's answer is not judged: it only says at how many tokens to look.
     return [probe for probe in probes if probe.answers]
 
 

@@ -1,7 +1,6 @@
-"""The records of an evaluation on disk: every rank appends to a part of its own, and in the end they become
-one file.
+"""The rows of an evaluation on disk: each rank appends to a file of its own, and in the end all become one.
 
-A killed run leaves parts; whatever rows they hold are not computed again, even by another number of ranks.
+A killed run leaves its ranks' files. Their rows are not computed again, even by another number of ranks.
 """
 
 from __future__ import annotations
@@ -23,39 +22,38 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def recover(folder: Path) -> set[str]:
-    """Ids of the records that a killed run finished in `folder`. A last line that was cut off is removed from
-    its part.
-    """
-    for part in _parts(folder):
-        _drop_torn_line(part)
+    """Ids of the facts that a killed run has finished in `folder`. Removes lines that were cut off."""
+    for file in _rank_files(folder):
+        _drop_torn_line(file)
     return set(_finished(folder))
 
 
 def append(folder: Path, rank: int, rows: Iterable[Row]) -> None:
-    """Add `rows` to this rank's part; they are on the disk when this returns."""
-    with (folder / f"records-rank{rank}.jsonl").open("ab") as part:
-        part.write(b"".join(_line(row).encode() for row in rows))
-        part.flush()
-        os.fsync(part.fileno())
+    """Add `rows` to this rank's file; they are on the disk when this returns."""
+    with (folder / f"records-rank{rank}.jsonl").open("ab") as file:
+        file.write(b"".join(_line(row).encode() for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def merge(folder: Path, ids: Sequence[str]) -> list[Row]:
-    """Write the rows of all parts, in the order of `ids`, to `records.jsonl`, and delete the parts."""
+    """Write all rows to `records.jsonl`, in the order of `ids`, and delete the ranks' files."""
     finished = _finished(folder)
-    rows = [finished[record_id] for record_id in ids]
+    rows = [finished[fact_id] for fact_id in ids]
+    # Delete after the merged file is on the disk: killed in between, the rows are there twice, not lost.
     write_text(folder / RECORDS, "".join(_line(row) for row in rows))
-    for part in _parts(folder):
-        part.unlink()
+    for file in _rank_files(folder):
+        file.unlink()
     return rows
 
 
-def _parts(folder: Path) -> list[Path]:
+def _rank_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("records-rank*.jsonl"))
 
 
 def _finished(folder: Path) -> dict[str, Row]:
     # `records.jsonl` itself is there if the run was killed between merging and its manifest.
-    files = [*_parts(folder), *folder.glob(RECORDS)]
+    files = [*_rank_files(folder), *folder.glob(RECORDS)]
     return {row["id"]: row for file in files for row in _rows(file)}
 
 
@@ -69,8 +67,9 @@ def _rows(file: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def _drop_torn_line(part: Path) -> None:
-    content = part.read_bytes()
+def _drop_torn_line(file: Path) -> None:
+    # Cut off, not skipped: the next row is appended to the same file, and would end the torn line.
+    content = file.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        os.truncate(part, whole)
+        os.truncate(file, whole)
