@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launch.outcome import MISTAKE, STOPPED
+from launch.run_folder import RunFolder
+from launch.worker import MISTAKE, STOPPED
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
@@ -21,32 +22,30 @@ _GRACE_SECONDS = 1.0
 
 
 def run(plan: Path, ranks: int, lock: int) -> int:
-    """Run the pending steps of the plan file with `ranks` processes; returns the exit code of the first that
-    failed, or 0.
+    """Run the pending steps of the plan file with `ranks` processes, which inherit the descriptor `lock`.
 
-    `lock` is a descriptor that the processes inherit. A signal asks them to save and stop; the code is then
-    128 + its number.
+    Returns the exit code of the first that failed, or 0. A signal asks them to save and stop; the code is
+    then 128 + its number.
     """
+    run_folder = RunFolder(plan.parent)
     port = _free_port()
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    previous = {
-        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    }
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    previous = {number: signal.signal(number, forward) for number in stops}
     processes = [_start(plan, rank, ranks, port, lock) for rank in range(ranks)]
     try:
-        code = _wait(processes, received, plan.parent)
+        code = _wait(processes, received, run_folder)
     finally:
         _kill(processes)
         for number, handler in previous.items():
             signal.signal(number, handler)
     if code == STOPPED:
-        print(
-            "flearn: stopped; what is done is kept, and the same command goes on from there", file=sys.stderr
-        )
+        said = "flearn: stopped; what is done is kept, and the same command goes on from there"
+        print(said, file=sys.stderr)
         return 128 + received[0] if received else STOPPED
     return code
 
@@ -59,7 +58,7 @@ def _free_port() -> int:
 
 
 def _start(plan: Path, rank: int, ranks: int, port: int, lock: int) -> subprocess.Popen[bytes]:
-    """Start one rank. Rank 0 keeps the terminal; the others write to logs/rank<r>.log."""
+    """Start one rank. Rank 0 keeps the terminal; the others write to a file each."""
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = {
         "OMP_NUM_THREADS": str(threads),
@@ -73,7 +72,7 @@ def _start(plan: Path, rank: int, ranks: int, port: int, lock: int) -> subproces
         "MASTER_PORT": str(port),
     }
     command = [sys.executable, "-m", "launch.worker", str(plan)]
-    log = log_of_rank(plan.parent, rank)
+    log = RunFolder(plan.parent).rank_log(rank)
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as output:
         return subprocess.Popen(
@@ -93,12 +92,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def log_of_rank(run_dir: Path, rank: int) -> Path:
-    """What a rank other than 0 printed."""
-    return run_dir / "logs" / f"rank{rank}.log"
-
-
-def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], run_dir: Path) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], run_folder: RunFolder) -> int:
     """Wait until all ranks succeed or one fails; signals that arrive meanwhile are passed on."""
     num_forwarded = 0
     while True:
@@ -108,7 +102,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], run_dir
             if 0 not in failed:  # it may be about to say the same on the terminal
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     failed[0] = processes[0].wait(_GRACE_SECONDS)
-            return _culprit({rank: code for rank, code in failed.items() if code}, run_dir)
+            return _culprit({rank: code for rank, code in failed.items() if code}, run_folder)
         if None not in codes:
             return 0
         for number in received[num_forwarded:]:
@@ -118,31 +112,30 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], run_dir
         time.sleep(_POLL_SECONDS)
 
 
-def _culprit(failed: dict[int, int], run_dir: Path) -> int:
-    """The exit code to report, and the end of the failed rank's log if it did not have the terminal.
+def _culprit(failed: dict[int, int], run_folder: RunFolder) -> int:
+    """The exit code to report, of the rank that failed first; says what its own output does not.
 
-    A rank that lost its peer fails too, a moment later. A code of our own (a mistake, a stop) explains more
-    than such a crash, and so does a signal.
+    A rank that lost its peer fails as well, a moment later, with code 1. So a code of our own (a mistake, a
+    stop) comes before it, and then a signal (a negative code).
     """
-    rank, code = min(
-        failed.items(), key=lambda item: (item[1] not in (MISTAKE, STOPPED), item[1] > 0, item[0])
-    )
-    if code > 0 and code != STOPPED and rank != 0:
-        lines = log_of_rank(run_dir, rank).read_text(encoding="utf-8", errors="replace").splitlines()
-        own = [line for line in lines if line.startswith("flearn: ")]
-        shown = (
-            own[-1:]
-            if code == MISTAKE and own
-            else [f"flearn: rank {rank} failed; the end of its log:", *lines[-20:]]
-        )
-        print("\n".join(shown), file=sys.stderr)
+    rank = min(failed, key=lambda rank: (failed[rank] not in (MISTAKE, STOPPED), failed[rank] > 0, rank))
+    code = failed[rank]
     if code < 0:
-        print(
-            f"flearn: rank {rank} was killed by signal {-code} ({signal.Signals(-code).name})",
-            file=sys.stderr,
-        )
+        name = signal.Signals(-code).name
+        print(f"flearn: rank {rank} was killed by signal {-code} ({name})", file=sys.stderr)
         return 128 - code
+    if code != STOPPED and rank != 0:  # rank 0 has said it on the terminal
+        print("\n".join(_end_of_log(rank, code, run_folder)), file=sys.stderr)
     return code
+
+
+def _end_of_log(rank: int, code: int, run_folder: RunFolder) -> list[str]:
+    """The line that a mistake is, or the end of the log."""
+    lines = run_folder.rank_log(rank).read_text(encoding="utf-8", errors="replace").splitlines()
+    own = [line for line in lines if line.startswith("flearn: ")]
+    if code == MISTAKE and own:
+        return own[-1:]
+    return [f"flearn: rank {rank} failed; the end of its log:", *lines[-20:]]
 
 
 def _kill(processes: list[subprocess.Popen[bytes]]) -> None:

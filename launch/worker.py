@@ -1,7 +1,7 @@
-"""One rank of a run: joins its fellows, runs steps of a plan with them, and leaves with an exit code.
+"""One rank of a run: joins the other ranks, runs steps of a plan with them, and leaves with an exit code.
 
-Started as `python -m launch.worker PLAN`, or by `launch/slurm/job.py` under a scheduler, with RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT set (torch's env:// rendezvous).
+`launch/here.py` starts it as `python -m launch.worker PLAN`; under a scheduler `launch/slurm/job.py` calls
+it. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set (torch's env:// rendezvous).
 """
 
 from __future__ import annotations
@@ -14,31 +14,33 @@ import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
-from launch.commands.run import LOCK, lock, read_plan
-from launch.outcome import FAILED, MISTAKE, STOPPED, error_file, note_error
+from launch.run_folder import StepFolder, lock, read_plan
 from pipeline.context import Context, Preempted, device_for, log
 from pipeline.errors import InputError, refusal_message
 from pipeline.plan import Plan, Step
 from pipeline.run_step import run_step
+
+FAILED = 1
+MISTAKE = 2
+STOPPED = 75
+"""Asked to stop, saved, and willing to go on (sysexits.h: EX_TEMPFAIL)."""
 
 _LOCK_SECONDS = 5
 
 
 def main(plan_path: Path) -> NoReturn:
     """Run all pending steps of the plan file, and end the process."""
-    plan = read_plan(plan_path.parent, plan_path.name)
+    plan = read_plan(plan_path)
     context = join()
     leave(run_all(plan, [step.id for step in plan.pending()], context), context)
 
 
 def join(part: tuple[int, int] | None = None) -> Context:
-    """Listen for requests to stop, and set up torch.distributed for this rank; `part` is its share of an
-    array's work.
+    """Listen for requests to stop, and set up torch.distributed for this rank.
 
-    Control messages go over a gloo group of their own, which waits as long as a stage of rank 0 alone may
-    take.
+    `part` is (index, number) of its share of an array's work.
     """
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     context = Context(rank=rank, world_size=world_size, local_rank=local_rank, part=part)
@@ -50,14 +52,14 @@ def join(part: tuple[int, int] | None = None) -> Context:
     _quieten(device)
     if device != "cpu":
         if local_rank >= torch.cuda.device_count():
-            print(
-                f"flearn: {torch.cuda.device_count()} GPUs are visible: set cluster.ranks to at most that",
-                file=sys.stderr,
-            )
+            visible = f"{torch.cuda.device_count()} GPUs are visible"
+            print(f"flearn: {visible}: set cluster.ranks to at most that", file=sys.stderr)
             os._exit(MISTAKE)
         torch.cuda.set_device(local_rank)
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=30))
-    context.group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world_size > 1 else None
+    if world_size > 1:
+        # A group of its own for control messages: the others wait in it while rank 0 alone runs a stage.
+        context.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     return context
 
 
@@ -84,31 +86,29 @@ def run_all(plan: Plan, ids: list[str], context: Context) -> int:
 
 
 def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
-    """Run one step, with the log of this rank in the step's folder; an error leaves a file there for `flearn
-    status`.
-    """
-    folder = plan.artifact(step).folder
-    said = error_file(folder, context.part)
+    """Run one step, logging to the step's folder; an error leaves a file there for `flearn status`."""
+    folder = StepFolder(plan.artifact(step).folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / f"rank{context.rank}.log", encoding="utf-8")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder.log(context.rank), encoding="utf-8")
     except OSError as error:  # this node may not write where the one that submitted may
-        return _report(error, said, context)
+        return _report(error, folder, context)
     _log_to(handler, context)
     log.info("%s %s %s", number, step.id, ", ".join(step.methods))
+    error_file = folder.error(context.part)
     if context.is_main:
-        said.unlink(missing_ok=True)
+        error_file.unlink(missing_ok=True)
     try:
         with _alone(folder, context):
             run_step(plan, step, context)
             if context.is_main:
-                said.unlink(missing_ok=True)  # of another job that found the step taken
+                error_file.unlink(missing_ok=True)  # of another job that found the step taken
         return 0
     except Preempted as stopped:
         log.info("%s", stopped)
         return STOPPED
     except Exception as error:
-        return _report(error, said, context)
+        return _report(error, folder, context)
     finally:
         logging.getLogger().removeHandler(handler)
         with contextlib.suppress(OSError):  # lines that a full disk did not take
@@ -116,27 +116,28 @@ def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, context: Context) -> Iterator[None]:
-    """Hold the step's lock, on rank 0, so that two jobs never work on one step. Parts of an array may meet:
-    they expect it.
+def _alone(folder: StepFolder, context: Context) -> Iterator[None]:
+    """Hold the step's lock, on rank 0, so that two jobs never work on one step.
 
-    Raises InputError, on every rank, if others hold it still after a few seconds (a killed job's processes
-    may linger).
+    Parts of an array share a step, and take no lock. Raises InputError, on every rank, if others still hold
+    the lock after a few seconds: the processes of a killed job may linger for that long.
     """
     if context.part is not None:
         yield
         return
-    with (folder / LOCK).open("a") as file:
-        if not context.share(context.is_main and _locked(file)):
+    with folder.lock.open("a") as file:
+        if not context.share(context.is_main and _locked(file.fileno())):
+            run_dir = folder.path.parent
             raise InputError(
-                f"{folder}: another job is at work on this step; wait for it, or cancel it with: flearn cancel {folder.parent}"
+                f"{folder.path}: another job is at work on this step;"
+                f" wait for it, or cancel it with: flearn cancel {run_dir}"
             )
         yield
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(descriptor: int) -> bool:
     try:
-        return lock(file.fileno(), _LOCK_SECONDS)
+        return lock(descriptor, _LOCK_SECONDS)
     except OSError:  # a file system without locks
         return True
 
@@ -147,20 +148,23 @@ def _log_to(handler: logging.Handler, context: Context) -> None:
         console = logging.StreamHandler(sys.stdout)
         console.setFormatter(logging.Formatter("%(message)s"))
         console.setLevel(logging.INFO if context.is_main else logging.WARNING)
-        console.addFilter(
-            lambda record: record.name.startswith("flearn") or record.levelno >= logging.WARNING
-        )
+        console.addFilter(_is_for_the_terminal)
         root.addHandler(console)
         logging.getLogger("flearn").setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(handler)
 
 
-def _report(error: Exception, path: Path, context: Context) -> int:
-    """Say what went wrong: one line for a mistake, or a file that the system refuses; a traceback for a
-    failure.
+def _is_for_the_terminal(record: logging.LogRecord) -> bool:
+    """Our own messages, and warnings of the libraries."""
+    return record.name.startswith("flearn") or record.levelno >= logging.WARNING
 
-    The system's line does not say who was refused what for, so its traceback goes to this rank's log.
+
+def _report(error: Exception, folder: StepFolder, context: Context) -> int:
+    """Say what went wrong, note it in the step's folder, and return the exit code.
+
+    A mistake of the caller's is one line. Where the system refuses a file, the log has the traceback besides,
+    since the line does not say who was refused. Anything else is a traceback.
     """
     mistake = str(error) if isinstance(error, InputError) else refusal_message(error)
     if mistake is None:
@@ -168,16 +172,16 @@ def _report(error: Exception, path: Path, context: Context) -> int:
     else:
         print(f"flearn: {mistake}", file=sys.stderr, flush=True)
         if not isinstance(error, InputError):
-            _log_traceback(path.parent / f"rank{context.rank}.log")
+            _log_traceback(folder.log(context.rank))
     message = mistake or f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # on a full disk the line above has to do
-        if not path.exists():  # the first to fail is the cause; its peers then lose their connections
-            note_error(path, context.rank, message)
+        if not folder.error(context.part).exists():  # the first to fail is the cause: its peers lose it
+            folder.note_error(context.part, context.rank, message)
     return FAILED if mistake is None else MISTAKE
 
 
 def _log_traceback(path: Path) -> None:
-    """Past the logger, which would say it on the terminal, too, and complain there of a full disk."""
+    """Not through the logger: it would print on the terminal, too, and fail loudly on a full disk."""
     with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
         file.write(traceback.format_exc())
 

@@ -1,6 +1,4 @@
-"""`flearn cancel`: stop a run, its jobs in the queue or its processes on this machine. What is done is
-kept.
-"""
+"""`flearn cancel`: stop a run, its jobs in the queue or its processes here. What is done is kept."""
 
 from __future__ import annotations
 
@@ -8,28 +6,24 @@ import argparse
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
-from launch.commands.run import LOCK
-from launch.commands.status import is_alive, read_all
+from launch.run_folder import RunFolder
 from launch.slurm import scheduler
-from launch.slurm.chain import read_jobs
 from pipeline.errors import InputError
 
 
-def add_parser(commands: Any) -> None:
-    """Add `cancel` to the command line."""
-    cancel = commands.add_parser("cancel", help="stop a run; what is done is kept")
-    cancel.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    cancel.set_defaults(handler=_cancel)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.set_defaults(handler=_cancel)
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
-    plan = read_all(arguments.run_dir)
-    if is_alive(plan.run_dir):
-        _stop_launcher(plan.run_dir)
+    plan = RunFolder(arguments.run_dir).all_plans()
+    run_folder = RunFolder(plan.run_dir)
+    if run_folder.is_alive():
+        _stop_launcher(run_folder)
         print(f"{plan.run_dir}: asked to save and stop")
-    known = read_jobs(plan.run_dir)
+    known = run_folder.jobs()
     jobs = [known[step.id] for step in plan.pending() if known.get(step.id, "").isdecimal()]
     active = [job for job, state in scheduler.states(jobs).items() if state.state in scheduler.ACTIVE]
     scheduler.cancel(active)
@@ -37,8 +31,8 @@ def _cancel(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stop_launcher(run_dir: Path) -> None:
-    host, pid = (run_dir / LOCK).read_text(encoding="utf-8").split()
+def _stop_launcher(run_folder: RunFolder) -> None:
+    host, pid = run_folder.holder()
     if host != os.uname().nodename:
-        raise InputError(f"{run_dir}: the run is at work on {host}: cancel it there")
-    os.kill(int(pid), signal.SIGTERM)
+        raise InputError(f"{run_folder.path}: the run is at work on {host}: cancel it there")
+    os.kill(pid, signal.SIGTERM)

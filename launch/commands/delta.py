@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 SOURCE = "a model folder, a ZeRO checkpoint, an adapter folder, ..."
 
 
-def add_parser(commands: Any) -> None:
-    """Add `delta` to the command line."""
-    group = commands.add_parser("delta", help="arithmetic on weights, streamed from the disk").add_subparsers(
-        required=True, metavar="ACTION"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_subparsers(required=True, metavar="ACTION")
     _add_subtract(group)
     _add_inspect(group)
     _add_verify(group)

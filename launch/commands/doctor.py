@@ -1,6 +1,4 @@
-"""`flearn doctor [CONFIG]`: what this machine or cluster lacks, and the memory, disk and time that each stage
-will want.
-"""
+"""`flearn doctor [CONFIG]`: what this machine or cluster lacks, and what each stage will want of it."""
 
 from __future__ import annotations
 
@@ -9,36 +7,27 @@ import shutil
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from launch.doctor import machine
+from launch.doctor import cluster_check, forecast, machine
+from launch.doctor.capacity import Capacity, measure_flops
 from launch.doctor.machine import Row
+from pipeline import config
+from pipeline.config import Cluster, Experiment
 from pipeline.errors import InputError
-
-if TYPE_CHECKING:
-    from launch.doctor.capacity import Capacity
-    from pipeline.config import Cluster, Experiment
+from pipeline.models.packaged import resolve
+from pipeline.weights.shard import parse_size
 
 _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 
 
-def add_parser(commands: Any) -> None:
-    """Add `doctor` to the command line."""
-    parser = commands.add_parser(
-        "doctor", help="check this machine or cluster, and estimate what an experiment will want"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="?", help="the experiment's YAML")
-    on = (
-        "here: this machine (default); slurm: the cluster, by a job of a few seconds in a fine-tuning's shape"
-    )
+    on = "here: this machine (default); "
+    on += "slurm: the cluster, by a job of a few seconds in a fine-tuning's shape"
     parser.add_argument("--on", choices=["here", "slurm"], default="here", help=on)
+    change = "change a field of the config"
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change a field of the config",
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change
     )
     memory = "estimate for GPUs of this memory, such as 80GB, instead of what is found"
     parser.add_argument("--gpu-memory", metavar="SIZE", help=memory)
@@ -46,9 +35,6 @@ def add_parser(commands: Any) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from pipeline import config
-    from pipeline.weights.shard import parse_size
-
     if arguments.config is None and (arguments.overrides or arguments.gpu_memory):
         raise InputError("--set and --gpu-memory need a CONFIG, such as configs/quickstart.yaml")
     experiment = config.load(arguments.config, arguments.overrides) if arguments.config is not None else None
@@ -61,31 +47,28 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None = None) -> Iterator[Row]:
-    """Every finding, in the order they are shown. `gpu_bytes` is the memory of GPUs that are not there
-    yet.
-    """
-    from pipeline.config import Cluster
+    """Every finding, in the order they are shown.
 
+    `gpu_bytes` is the memory of GPUs that are not there yet; it stands for that of those that are found.
+    """
     cluster = experiment.cluster if experiment is not None else Cluster()
     capacity: Capacity | None
     if on == "here":
         capacity = yield from _rows_here(cluster, experiment is not None)
     else:
-        from launch.doctor import cluster_check
-
         capacity = yield from cluster_check.rows(cluster, inputs(experiment))
     if experiment is not None and capacity is not None:
-        from launch.doctor import forecast
-
         if gpu_bytes is not None:
             capacity = capacity._replace(device_bytes=gpu_bytes, flops=None)
         yield from forecast.rows(experiment, capacity)
 
 
 def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capacity]:
-    """Measuring speed takes the GPU's memory for a moment: not for a health check beside a training."""
-    from launch.doctor.capacity import Capacity, measure_flops
+    """The findings of this machine; returns what a rank of it has.
 
+    Its speed is measured only if it is needed: that takes the GPU's memory for a moment, which a training
+    that runs beside a health check may not spare.
+    """
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     devices = machine.find_devices()
     yield from machine.rows(runs_dir, cluster.ranks, devices)
@@ -102,16 +85,13 @@ def _rows_here(cluster: Cluster, needs_flops: bool) -> Generator[Row, None, Capa
 
 def inputs(experiment: Experiment | None) -> tuple[Path, ...]:
     """The files and folders of this disk that the experiment reads."""
-    from pipeline.models.packaged import resolve
-
     if experiment is None:
         return ()
     facts = experiment.facts.path
-    named = [
-        *(facts if isinstance(facts, list) else [facts]),
-        resolve(experiment.model.path) if experiment.model.path else "",
-    ]
-    return tuple(Path(path) for path in named if Path(path).is_absolute())
+    named = [*facts] if isinstance(facts, list) else [facts]
+    if experiment.model.path:
+        named.append(resolve(experiment.model.path))
+    return tuple(Path(path) for path in named if Path(path).is_absolute())  # others are hub ids
 
 
 def render(row: Row) -> str:

@@ -1,6 +1,4 @@
-"""`flearn report`: rebuild a run's results.json and report.html; and how `flearn run` publishes and shows
-them.
-"""
+"""`flearn report`: rebuild a run's results.json and report.html; and how `flearn run` shows them."""
 
 from __future__ import annotations
 
@@ -8,55 +6,36 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from pipeline.artifact import write_text
+from launch.run_folder import RunFolder
+from pipeline.context import Context
 from pipeline.errors import InputError
-from pipeline.plan import Plan
+from pipeline.report.table import render
+from pipeline.run_step import run_step
 
-PUBLISHED = ("results.json", "report.html")
 
-
-def add_parser(commands: Any) -> None:
-    """Add `report` to the command line."""
-    parser = commands.add_parser("report", help="rebuild report.html and results.json of a run")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.set_defaults(handler=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from launch.commands.run import exclusive, read_plan
-    from pipeline.context import Context
-    from pipeline.run_step import run_step
-
-    plan = read_plan(arguments.run_dir)
-    missing = [step.id for step in plan.pending() if step is not plan.report]
+    plan = RunFolder(arguments.run_dir).plan()
+    run_folder = RunFolder(plan.run_dir)
+    missing = [step.id for step in plan.pending() if step.id != plan.report.id]
     if missing:
-        raise InputError(
-            f"{plan.run_dir}: {len(missing)} steps have not finished ({missing[0]}, ...); run the experiment again first"
-        )
-    with exclusive(plan.run_dir):
+        unfinished = f"{len(missing)} steps have not finished ({missing[0]}, ...)"
+        raise InputError(f"{plan.run_dir}: {unfinished}; run the experiment again first")
+    with run_folder.exclusive():
         plan.artifact(plan.report).retract()
         run_step(plan, plan.report, Context())
-        publish(plan)
-    show(plan)
+        run_folder.publish(plan)
+    show(run_folder)
     return 0
 
 
-def publish(plan: Plan) -> None:
-    """Put the report of this plan at the top of the run's folder, where people look for it."""
-    folder = plan.artifact(plan.report).folder
-    for name in PUBLISHED:
-        text = (folder / name).read_text(encoding="utf-8")
-        target = plan.run_dir / name
-        if not target.is_file() or target.read_text(encoding="utf-8") != text:
-            write_text(target, text)
-
-
-def show(plan: Plan) -> None:
+def show(run_folder: RunFolder) -> None:
     """Print the results as a table, and where the report lies."""
-    from pipeline.report.table import render
-
-    results = json.loads((plan.run_dir / "results.json").read_text(encoding="utf-8"))
+    results = json.loads(run_folder.results.read_text(encoding="utf-8"))
     print(render(results, shutil.get_terminal_size((120, 40)).columns))
-    print(f"\nreport: {plan.run_dir / 'report.html'}")
+    print(f"\nreport: {run_folder.report}")

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
-from launch.outcome import STOPPED
+from launch import here, submit, worker
+from launch.commands import report
+from launch.run_folder import RunFolder
+from launch.slurm import chain, job
 from pipeline import config
-from pipeline.artifact import write_json
 from pipeline.config import Experiment
-from pipeline.errors import InputError
 from pipeline.plan import Plan, make_plan
 
-PLAN = "plan.json"
-LOCK = ".lock"
 ALLOCATION = "FLEARN_ALLOCATION"
-"""Set by slurm/single_allocation.sh: this command is one task of a job that does nothing else, and may ask
-for another turn of it.
+"""Set by slurm/single_allocation.sh: this command is one task of a job that does nothing else. It may ask for
+another turn of it.
 """
-_ON = "here: processes of this machine (default); slurm: a chain of jobs; local: the same jobs on this machine, one after another"
 
 
-def add_parser(commands: Any) -> None:
-    """Add `run` to the command line."""
-    parser = commands.add_parser("run", help="run what is not yet done of an experiment")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="the experiment's YAML")
-    parser.add_argument("--on", choices=["here", "local", "slurm"], default="here", help=_ON)
+    on = "here: processes of this machine (default); slurm: a chain of jobs; "
+    on += "local: the same jobs on this machine, one after another"
+    parser.add_argument("--on", choices=["here", "local", "slurm"], default="here", help=on)
+    change = "change a field, such as forget.scale=0.5"
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change a field, such as forget.scale=0.5",
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.set_defaults(handler=_run)
@@ -48,8 +37,6 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if ALLOCATION in os.environ:
-        from launch.slurm import job
-
         job.export_ranks()
     if arguments.on == "here" and _is_one_rank():
         overrides += [f"cluster.ranks={os.environ['WORLD_SIZE']}", "cluster.nodes=1"]
@@ -58,55 +45,46 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe(plan))
         return 0 if arguments.on == "here" else _show_scripts(experiment, plan)
-    return _run_here(plan, experiment) if arguments.on == "here" else _submit(arguments)
+    if arguments.on != "here":
+        return _submit(arguments)
+    return _run_as_rank(plan) if _is_one_rank() else _run_here(plan, experiment)
 
 
 def _show_scripts(experiment: Experiment, plan: Plan) -> int:
-    from launch.slurm import chain
-
     for step, script in chain.scripts(experiment, plan):
         print(f"\n# ---- {step.id}\n{script}")
     return 0
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from launch import submit
-    from launch.commands import report
-
     submitted = submit(arguments.config, arguments.overrides, arguments.on)
+    run_dir, jobs = submitted.run_dir, submitted.jobs
     if arguments.on == "local":
-        report.show(read_plan(submitted.run_dir))
-    elif not submitted.jobs:
-        print(f"{submitted.run_dir}: all steps are done; nothing to submit")
+        report.show(RunFolder(run_dir))
+    elif not jobs:
+        print(f"{run_dir}: all steps are done; nothing to submit")
     else:
-        for step, job in submitted.jobs.items():
-            print(f"  job {job:<10} {step}")
-        print(
-            f"{submitted.run_dir}: {len(submitted.jobs)} jobs; see how far they are with: flearn status {submitted.run_dir}"
-        )
+        for step, id in jobs.items():
+            print(f"  job {id:<10} {step}")
+        print(f"{run_dir}: {len(jobs)} jobs; see how far they are with: flearn status {run_dir}")
     return 0
 
 
 def _run_here(plan: Plan, experiment: Experiment) -> int:
-    from launch.commands import report
-
-    if _is_one_rank():
-        return _run_as_rank(plan)
-    with exclusive(plan.run_dir) as lock:
-        write_json(plan.run_dir / PLAN, plan.to_json())
+    run_folder = RunFolder(plan.run_dir)
+    with run_folder.exclusive() as lock:
+        plan_file = run_folder.write_plan(plan)
         pending = list(plan.pending())
         if pending:
-            from launch import here
-
             with suppress(BrokenPipeError):  # the steps are done whether or not anybody reads this
                 print(f"{plan.run_dir}: {len(pending)} of {len(plan.steps)} steps to do", flush=True)
-            code = here.run(plan.run_dir / PLAN, experiment.cluster.ranks, lock)
+            code = here.run(plan_file, experiment.cluster.ranks, lock)
             if code:
                 return code
         else:
             print(f"{plan.run_dir}: all {len(plan.steps)} steps are done; nothing to run", flush=True)
-        report.publish(plan)
-        report.show(plan)
+        run_folder.publish(plan)
+        report.show(run_folder)
     return 0
 
 
@@ -116,23 +94,18 @@ def _is_one_rank() -> bool:
 
 
 def _run_as_rank(plan: Plan) -> int:
-    """Be one rank among those that torchrun or srun started with this same command, perhaps on several
-    machines.
-    """
-    from launch import worker
-    from launch.commands import report
-    from launch.slurm import job
-
+    """Be one rank of those that torchrun or srun started with this command, perhaps on several machines."""
+    run_folder = RunFolder(plan.run_dir)
     is_main = os.environ["RANK"] == "0"
-    with exclusive(plan.run_dir) if is_main else nullcontext():
+    with run_folder.exclusive() if is_main else nullcontext():
         if is_main:
-            write_json(plan.run_dir / PLAN, plan.to_json())
+            run_folder.write_plan(plan)
         context = worker.join()
         code = worker.run_all(plan, [step.id for step in plan.pending()], context)
         if is_main and code == 0:
-            report.publish(plan)
-            report.show(plan)
-        if is_main and code == STOPPED and ALLOCATION in os.environ:
+            run_folder.publish(plan)
+            report.show(run_folder)
+        if is_main and code == worker.STOPPED and ALLOCATION in os.environ:
             job.come_back(plan, next(plan.pending()).id, None)
         worker.leave(code, context)
 
@@ -143,62 +116,6 @@ def describe(plan: Plan) -> str:
     width = max(len(id) for id in plan.steps)
     lines = [f"{plan.run_dir}: {len(plan.steps)} steps, {len(pending)} to do"]
     for step in plan.steps.values():
-        lines.append(
-            f"  {'to do' if step.id in pending else 'done '}  {step.id:<{width}}  {', '.join(step.methods) or 'all methods'}"
-        )
+        state = "to do" if step.id in pending else "done "
+        lines.append(f"  {state}  {step.id:<{width}}  {', '.join(step.methods) or 'all methods'}")
     return "\n".join(lines)
-
-
-def lock(descriptor: int, seconds: float) -> bool:
-    """Take the file's lock; False if it did not become free within `seconds` (a second at least).
-
-    Processes of a killed run, and `flearn status`, may hold it for a moment yet.
-    """
-    deadline = time.monotonic() + max(1.0, seconds)
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-
-
-@contextmanager
-def exclusive(run_dir: Path, seconds: float = 0) -> Iterator[int]:
-    """Hold the run's lock; yields its descriptor, which child processes inherit and so keep for as long as
-    one lives.
-
-    The lock's file says who holds it: host and process id. Others are given `seconds` to finish.
-    Raises InputError if another run is at work in the same folder.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(
-            f"cannot write in {run_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours"
-        ) from None
-    if not lock(descriptor, seconds):
-        os.close(descriptor)
-        raise InputError(f"{run_dir}: another run is at work here; wait for it, or use --set name=...")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.uname().nodename} {os.getpid()}\n".encode(), 0)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def read_plan(run_dir: Path, name: str = PLAN) -> Plan:
-    """The plan of the last `flearn run` in `run_dir`, or the one that lies there under `name`."""
-    try:
-        value = json.loads((run_dir / name).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{run_dir}: no {name} here; give the folder that `flearn run` printed") from None
-    except ValueError as error:
-        raise InputError(f"{run_dir / name}: damaged ({error}); run the experiment again") from None
-    plan = Plan.from_json(value)
-    plan.run_dir = run_dir.absolute()  # a run's folder may have been moved
-    return plan

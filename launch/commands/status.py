@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
 import re
 import shutil
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launch.commands.run import LOCK, read_plan
-from launch.outcome import ERRORS
+from launch.run_folder import RunFolder, StepFolder
 from launch.slurm import scheduler
-from launch.slurm.chain import ATTEMPT, job_files, read_jobs
+from launch.slurm.chain import ATTEMPT
 from launch.slurm.scheduler import JobState
 from pipeline.errors import InputError
 from pipeline.plan import Plan, Step
@@ -26,16 +22,14 @@ _SRUN = re.compile(r"^srun: error: (\S+): tasks? (\S+): (.*)$", flags=re.MULTILI
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
 
-def add_parser(commands: Any) -> None:
-    """Add `status` to the command line."""
-    status = commands.add_parser("status", help="stages of a run, their states, jobs and times")
-    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    status.add_argument("--json", action="store_true", help="print a JSON array, one object a step")
-    status.set_defaults(handler=_status)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--json", action="store_true", help="print a JSON array, one object a step")
+    parser.set_defaults(handler=_status)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    plan = read_all(arguments.run_dir)
+    plan = RunFolder(arguments.run_dir).all_plans()
     rows = states(plan)
     if arguments.json:
         print(json.dumps(rows, indent=2))
@@ -50,28 +44,15 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_all(run_dir: Path) -> Plan:
-    """The plan of the last `flearn run` in `run_dir`, and what other plans of this run have put in the
-    queue.
-    """
-    plan = read_plan(run_dir)
-    submitted = read_jobs(plan.run_dir)
-    for path in sorted(plan.run_dir.glob("plan-*.json")):
-        other = read_plan(plan.run_dir, path.name)
-        plan.steps |= {
-            id: step for id, step in other.steps.items() if id in submitted and id not in plan.steps
-        }
-    return plan
-
-
 def states(plan: Plan) -> list[Row]:
     """For each step: id, methods, state, job, seconds, and a note.
 
     The state is done | running | queued | failed | cancelled | stopped | pending. `stopped` is a step that
     began and is not at work now, `cancelled` one whose job was: the same `flearn run` goes on with both.
     """
-    alive = is_alive(plan.run_dir)
-    jobs = read_jobs(plan.run_dir)
+    run_folder = RunFolder(plan.run_dir)
+    alive = run_folder.is_alive()
+    jobs = run_folder.jobs()
     found = _ask({step.id: jobs[step.id] for step in plan.pending() if step.id in jobs})
     rows = []
     for step in plan.steps.values():
@@ -82,9 +63,7 @@ def states(plan: Plan) -> list[Row]:
 
 
 def _ask(jobs: dict[str, str]) -> dict[str, JobState]:
-    """By step, the state of its SLURM job; what else there is to say is said even if SLURM does not
-    answer.
-    """
+    """By step, the state of its SLURM job. Where SLURM does not answer, says so and returns none."""
     ids = {step: job for step, job in jobs.items() if job.isdecimal()}
     if not ids or shutil.which("squeue") is None:
         return {}
@@ -98,41 +77,33 @@ def _ask(jobs: dict[str, str]) -> dict[str, JobState]:
 
 
 def _state(plan: Plan, step: Step, job: str | None, found: JobState | None, alive: bool) -> Row:
+    """A row of `states`. `found` is what SLURM says of `job`; `alive`: the step may be at work here.
+
+    What is on the disk comes first: a manifest means done, whatever SLURM says. Then a live job, and last
+    what is left of one that ended.
+    """
     artifact = plan.artifact(step)
-    row: Row = {
-        "id": step.id,
-        "methods": step.methods,
-        "state": "pending",
-        "job": job,
-        "seconds": None,
-        "note": "",
-    }
+    row: Row = {"id": step.id, "methods": step.methods, "state": "pending"}
+    row |= {"job": job, "seconds": None, "note": ""}
     if artifact.is_complete:
-        return row | {
-            "state": "done",
-            "seconds": artifact.manifest["seconds"],
-            "finished": artifact.manifest["finished"],
-        }
+        finished = artifact.manifest["finished"]
+        return row | {"state": "done", "seconds": artifact.manifest["seconds"], "finished": finished}
     if found is not None and found.state in scheduler.ACTIVE:
         if found.state in _RUNNING:
             return row | {"state": "running", "note": progress(artifact.folder)}
         return row | {"state": "queued", "note": _waiting(found)}
     began = artifact.folder.is_dir()
-    if found is not None and not began and found.state == "CANCELLED":
+    was_cancelled = found is not None and found.state == "CANCELLED"
+    if was_cancelled and not began:
         failed = [source.id for source in step.inputs.values() if not plan.artifact(source).is_complete]
         return row | {"state": "cancelled", "note": f"needs {failed[0]}" if failed else ""}
     if not alive and (found is not None or began):
-        reason = why(artifact.folder, job_files(plan.run_dir, job, "err"), found)
+        reason = why(StepFolder(artifact.folder), RunFolder(plan.run_dir).job_logs(job), found)
         if reason is not None:
-            return row | {
-                "state": "cancelled" if found is not None and found.state == "CANCELLED" else "failed",
-                "note": reason,
-            }
-    return (
-        row | {"state": "running" if alive else "stopped", "note": progress(artifact.folder)}
-        if began
-        else row
-    )
+            return row | {"state": "cancelled" if was_cancelled else "failed", "note": reason}
+    if not began:
+        return row
+    return row | {"state": "running" if alive else "stopped", "note": progress(artifact.folder)}
 
 
 def _waiting(job: JobState) -> str:
@@ -141,7 +112,7 @@ def _waiting(job: JobState) -> str:
     return "" if job.reason in ("", "None", "Dependency", "Priority") else job.reason
 
 
-def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
+def why(folder: StepFolder, stderr: list[Path], job: JobState | None) -> str | None:
     """Why a step failed and where to read more; None if nothing says that it did.
 
     A rank that died without a word (killed, out of memory) is known to SLURM alone: its peers blame the
@@ -153,24 +124,18 @@ def why(folder: Path, stderr: list[Path], job: JobState | None) -> str | None:
     killed, log = _first_killed(attempts) if job is not None and job.state != "COMPLETED" else (None, None)
     said = [text for text in (state, killed or (problem and problem["message"])) if text]
     if problem is not None and killed is None:
-        return f"{': '.join(said)} (see {folder / problem['log']})"
+        return f"{': '.join(said)} (see {folder.path / problem['log']})"
     if job is None or job.state == "COMPLETED":
         return None
     failed = [log for log, (_, text) in attempts.items() if _SRUN.search(text)]
-    return (
-        f"{': '.join(said) or job.state} (see {log or next(iter([*failed, *stderr]), 'scontrol show job')})"
-    )
+    where = log or next(iter([*failed, *stderr]), "scontrol show job")
+    return f"{': '.join(said) or job.state} (see {where})"
 
 
-def _problem(folder: Path, attempts: dict[Path, tuple[int, str]]) -> Any:
-    """What the step, or one of its parts, said of its failure, if that was in the last attempt."""
+def _problem(folder: StepFolder, attempts: dict[Path, tuple[int, str]]) -> dict[str, Any] | None:
+    """What the step, or one of its parts, said of its failure in the last attempt."""
     last = min((number for number, _ in attempts.values()), default=1)
-    for path in sorted(folder.glob(ERRORS)):
-        with suppress(FileNotFoundError):  # whoever begins again takes it away
-            problem = json.loads(path.read_text(encoding="utf-8"))
-            if problem["attempt"] >= last:
-                return problem
-    return None
+    return next((error for error in folder.errors() if error["attempt"] >= last), None)
 
 
 def _last_attempt(log: Path) -> tuple[int, str]:
@@ -181,8 +146,7 @@ def _last_attempt(log: Path) -> tuple[int, str]:
 
 
 def _first_killed(attempts: dict[Path, tuple[int, str]]) -> tuple[str, Path] | tuple[None, None]:
-    """What srun says, and where, of the task that died first, unless it had words of its own. Of the last
-    attempt, after a requeue.
+    """What srun says in the last attempt, and where, of the task that died first without words of its own.
 
     srun writes where a job's first task does; an array has a file for each of its tasks.
     """
@@ -191,21 +155,6 @@ def _first_killed(attempts: dict[Path, tuple[int, str]]) -> tuple[str, Path] | t
         if match is not None and not match[3].startswith("Exited with exit code"):
             return f"rank {match[2]} on {match[1]}: {match[3]}", log
     return None, None
-
-
-def is_alive(run_dir: Path) -> bool:
-    """Whether processes of this run are at work on this machine, without a scheduler: they hold its lock."""
-    try:
-        descriptor = os.open(run_dir / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
 
 
 def progress(folder: Path) -> str:

@@ -6,7 +6,11 @@ from typing import Any
 
 from pipeline.config import Experiment, Model
 from pipeline.errors import InputError
+from pipeline.facts.fact import read_facts
+from pipeline.facts.read import read
+from pipeline.models.check import unusable_config
 from pipeline.models.packaged import resolve
+from pipeline.models.tiny import tiny_config
 from pipeline.needs import DataSize, ModelSize
 from pipeline.plan import Plan
 
@@ -23,9 +27,6 @@ def model_size(model: Model) -> ModelSize | str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
-
-    from pipeline.models.check import unusable_config
-    from pipeline.models.tiny import tiny_config
 
     config: Any
     if model.tiny is not None:
@@ -53,9 +54,6 @@ def data_size(plan: Plan, experiment: Experiment) -> DataSize:
     """Counts of the facts that will be trained on: from the facts stage if it is done, else from the file,
     before filtering.
     """
-    from pipeline.facts.fact import read_facts
-    from pipeline.facts.read import read
-
     settings = experiment.facts
     chosen = plan.artifact(plan.facts)
     if chosen.is_complete:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from launch import worker
 from launch.doctor import machine
+from launch.doctor.capacity import measure_flops
 from launch.slurm import chain, place, scheduler
 from launch.slurm.job import export_ranks
 from launch.slurm.scheduler import JobState
@@ -129,8 +130,6 @@ def _measure(report: Report, context: Context) -> None:
     """Add up a one from each rank's device, over NCCL where there are GPUs; and the speed of one."""
     import torch
     import torch.distributed as dist
-
-    from launch.doctor.capacity import measure_flops
 
     ones = torch.ones(1, device=context.device)
     dist.all_reduce(ones)

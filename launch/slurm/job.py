@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launch.commands.run import read_plan
-from launch.outcome import STOPPED, error_file, note_error
+from launch.run_folder import RunFolder, StepFolder, read_plan
 from launch.slurm import scheduler
 from pipeline.plan import Plan
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """A picklable callable for submitit. It holds no state of its own: whatever was done lies in the step's
-    folder.
+    """A picklable callable for submitit. Whatever was done lies in the step's folder, nothing in here.
 
-    `part` is (index, number of parts) for a worker of an array that shares one subtraction, else None.
+    `plan` is a plan's file and `step` an id in it. `part` is (index, number of parts) for a worker of an
+    array that shares one subtraction, else None.
     """
 
     plan: Path
@@ -30,36 +29,32 @@ class StageJob:
     def __call__(self) -> NoReturn:
         """Run the step as this task's rank, and end the process with its exit code."""
         export_ranks()
+        # Not at the top: `python -m launch.worker` imports this file by way of the package `launch`, and
+        # would then have two copies of the worker.
         from launch import worker
 
         context = worker.join(self.part)
-        plan = read_plan(self.plan.parent, self.plan.name)
+        plan = read_plan(self.plan)
         code = worker.run_all(plan, [self.step], context)
         if context.is_main and code == 0:
             _publish(plan, self.step)
-        if context.is_main and code == STOPPED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        if context.is_main and code == worker.STOPPED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             come_back(plan, self.step, self.part)
         worker.leave(code, context)
 
 
 def _publish(plan: Plan, step: str) -> None:
     """Put a finished report at the top of the run's folder, if it is of the plan that was submitted last."""
-    from launch.commands import report
-
-    if (
-        plan.steps[step] is plan.report
-        and plan.artifact(plan.steps[step]).is_complete
-        and step in read_plan(plan.run_dir).steps
-    ):
-        report.publish(plan)
+    run_folder = RunFolder(plan.run_dir)
+    if step == plan.report.id and plan.artifact(plan.report).is_complete and step in run_folder.plan().steps:
+        run_folder.publish(plan)
 
 
 def export_ranks() -> None:
-    """torch's env:// variables from the scheduler's. Nothing else tells DeepSpeed its rank: no ssh, hostfile
-    or mpi4py.
+    """Set torch's env:// variables from the scheduler's.
 
-    CUDA_VISIBLE_DEVICES stays as it is: a rank takes the GPU of its local rank, or the only one that it can
-    see.
+    Nothing else tells DeepSpeed its rank: no ssh, hostfile or mpi4py. CUDA_VISIBLE_DEVICES stays as it is: a
+    rank takes the GPU of its local rank, or the only one that it can see.
     """
     import submitit
 
@@ -76,8 +71,9 @@ def export_ranks() -> None:
 
 
 def _port(job_id: str, num_tasks: int) -> int:
-    """A port that all tasks agree on, below the ephemeral range (32768 and up); any free one for a single
-    task.
+    """A port that all tasks work out alike, below the ephemeral range (32768 and up).
+
+    A single task takes any free one.
     """
     if num_tasks == 1:
         with socket.socket() as probe:
@@ -88,8 +84,7 @@ def _port(job_id: str, num_tasks: int) -> int:
 
 
 def come_back(plan: Plan, step: str, part: tuple[int, int] | None) -> None:
-    """Ask SLURM for another turn under the same job id, whatever signal it was that stopped us: time limit or
-    preemption.
+    """Ask SLURM for another turn under the same job id, after a time limit or a preemption.
 
     The other ranks wait for this, or their exit would be taken for the job's end. Where it cannot be had, the
     step has failed: `flearn status` says so, and what to do.
@@ -97,6 +92,6 @@ def come_back(plan: Plan, step: str, part: tuple[int, int] | None) -> None:
     problem = scheduler.come_back()
     if problem is not None:
         print(f"flearn: {problem}", file=sys.stderr, flush=True)
-        folder = plan.artifact(plan.steps[step]).folder
-        folder.mkdir(exist_ok=True)
-        note_error(error_file(folder, part), 0, problem)
+        folder = StepFolder(plan.artifact(plan.steps[step]).folder)
+        folder.path.mkdir(exist_ok=True)
+        folder.note_error(part, 0, problem)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
+from pipeline.models.load import empty_model
+from pipeline.weights.open import open_source
 from pipeline.weights.writer import find_extras
 
 if TYPE_CHECKING:
@@ -106,8 +108,6 @@ def _require_buildable(folder: Path) -> None:
     """Make the model on the meta device, from its config alone: it takes no memory."""
     import torch
 
-    from pipeline.models.load import empty_model
-
     try:
         empty_model(folder, "meta", torch.float32)
     except Exception as error:
@@ -128,8 +128,6 @@ def _weights(folder: Path) -> tuple[int, str]:
     """The number of floating-point elements, and the dtype of most of them. Reads no more than the files'
     headers.
     """
-    from pipeline.weights.open import open_source
-
     source = open_source(folder)
     count: Counter[str] = Counter()
     for info in source.tensors.values():

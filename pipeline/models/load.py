@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
 from pipeline.errors import InputError
+from pipeline.weights.conversions import align_to_model
+from pipeline.weights.open import open_source
 from pipeline.weights.source import TensorSource
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ def open_weights(artifact: Artifact) -> TensorSource:
     """The weights that `artifact` stands for, read in place: a folder's, an adapter's added to its base, or a
     ZeRO checkpoint's masters.
     """
-    from pipeline.weights.open import open_source
-
     path = Path(artifact.model_path)
     if artifact.result["model_kind"] == "folder":
         return open_source(path)
@@ -97,8 +97,6 @@ def fill(model: torch.nn.Module, source: TensorSource) -> None:
     Raises InputError if a parameter of the model is not in the source, or has another shape there.
     """
     import torch
-
-    from pipeline.weights.conversions import align_to_model
 
     targets = model.state_dict(keep_vars=True)
     aligned = align_to_model(source.tensors, model)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
 from pipeline.config import TinyModel
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact
@@ -83,7 +85,6 @@ def _check(settings: TinyModel) -> None:
 
 def _train_tokenizer(settings: TinyModel, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, which can spell any text: no token is ever unknown."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     specials = _SPECIALS[settings.architecture]

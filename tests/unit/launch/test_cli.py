@@ -16,7 +16,7 @@ from delta_models import layered, save, write_pair
 
 from launch import worker
 from launch.cli import main
-from launch.outcome import FAILED, MISTAKE
+from launch.worker import FAILED, MISTAKE
 from pipeline import config
 from pipeline.context import Context, log
 from pipeline.errors import InputError

@@ -13,7 +13,8 @@ import pytest
 from slurm_commands import Recorded
 
 from launch.cli import main
-from launch.slurm.chain import ATTEMPT, write_plan
+from launch.run_folder import RunFolder
+from launch.slurm.chain import ATTEMPT
 from pipeline import config
 from pipeline.artifact import write_json
 from pipeline.plan import Plan, make_plan
@@ -48,7 +49,7 @@ def plan(tmp_path: Path) -> Plan:
     made = make_plan(
         config.load(ROOT / "configs/quickstart.yaml", [f"cluster.runs_dir={tmp_path}", "methods=[flearn_ft]"])
     )
-    write_plan(made)
+    RunFolder(made.run_dir).submit_plan(made)
     for step in list(made.steps.values())[:2]:
         made.artifact(step).commit({"seconds": 1.5, "finished": "2026-11-26T20:00:00+00:00"})
     write_json(made.run_dir / "jobs.json", {id_of(made, "facts"): "55725716", id_of(made, "teach"): JOB})
