@@ -4,6 +4,7 @@ processes run them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,6 +14,10 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from pipeline.config import TinyModel
+
+# Before anybody imports torch. Tiny models compute no faster on several threads; where two test processes, or
+# other programs, want the same cores, threads that wait for each other make them twenty times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TinyModelFactory = Callable[..., Path]
 
