@@ -11,7 +11,7 @@ import pytest
 from launch import submit
 from pipeline.errors import InputError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def test_the_import_is_light() -> None:

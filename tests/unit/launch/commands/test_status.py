@@ -19,7 +19,7 @@ from pipeline import config
 from pipeline.artifact import write_json
 from pipeline.plan import Plan, make_plan
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 JOB = "55725718"
 
 # What srun said of a job that an operator queued again, and whose second rank was killed in its second

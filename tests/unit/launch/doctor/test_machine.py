@@ -1,26 +1,13 @@
-"""`flearn doctor`: the command, and what it finds on this machine."""
+"""What `flearn doctor` finds on this machine."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import pytest
-
-from launch.cli import main
 from launch.doctor import machine
 from launch.doctor.machine import Devices
 
 GB = 10**9
-LLAMA2_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
 
 
 def test_packages_against_the_tested_versions(tmp_path: Path) -> None:
@@ -60,40 +47,3 @@ def test_a_gpu_that_torch_cannot_use_is_a_failure_and_one_that_was_not_given_is_
 def test_little_shared_memory_matters_to_several_gpus() -> None:
     assert machine.shared_memory_row(64 << 20, num_gpus=0).state == "ok"
     assert machine.shared_memory_row(64 << 20, num_gpus=2).state == "warn"
-
-
-def test_the_command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["doctor"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert {"python", "packages", "devices", "cores", "memory", "disk", "SLURM"} <= {
-        line[6:].split(":")[0] for line in lines
-    }
-    assert main(["doctor", str(tmp_path / "absent.yaml")]) == 2
-    assert main(["doctor", "--set", "cluster.ranks=4"]) == 2
-
-
-def test_gpus_that_are_not_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B))
-    root = Path(__file__).parents[3]
-    options = [
-        "model.path=" + str(tmp_path),
-        f"facts.path={root}/configs/facts/world_updates.jsonl",
-        "facts.format=auto",
-        "cluster.ranks=4",
-    ]
-    command = [
-        "doctor",
-        str(root / "configs/llama2_7b_zsre.yaml"),
-        *(part for option in options for part in ("--set", option)),
-    ]
-    main([*command, "--gpu-memory", "80GB"])
-    found = capsys.readouterr().out
-    assert "ok    teach: 45.9 GB a rank of 80.0 GB" in found and "time for this run: not estimated" in found
-    assert main([*command, "--gpu-memory", "24GB"]) == 1
-    found = capsys.readouterr().out
-    assert "fail  teach: 45.9 GB a rank of 24.0 GB" in found
-    assert "-> less memory: a smaller evaluate.batch_size; or evaluate.precision: bf16" in found
-    assert main([*command, "--gpu-memory", "much"]) == 2

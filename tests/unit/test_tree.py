@@ -1,0 +1,37 @@
+"""Every file has a name of its own, and the unit tests lie as what they test does."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SHARED = {"__init__.py", "__main__.py", "conftest.py", "stage.py"}
+"""Names that say what a file is to its folder."""
+NOT_YET = {"names.py", "check.py", "job.py", "records.py", "plan.py"}
+
+
+def test_no_two_files_have_the_same_name() -> None:
+    """A program of tests/bench/ is called as the file that it measures."""
+    places = defaultdict(list)
+    for top in ("pipeline", "launch", "tests"):
+        for path in (ROOT / top).rglob("*.py"):
+            if ROOT / "tests/bench" not in path.parents:
+                places[path.name].append(str(path.relative_to(ROOT)))
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert {name: found for name, found in twice.items() if name not in SHARED | NOT_YET} == {}
+
+
+def test_unit_tests_lie_as_what_they_test() -> None:
+    """tests/unit/facts/ is for pipeline/facts/, tests/unit/launch/slurm/ for launch/slurm/."""
+    unit = ROOT / "tests/unit"
+    folders = [
+        path.relative_to(unit) for path in unit.rglob("*") if path.is_dir() and path.name != "__pycache__"
+    ]
+    assert folders
+    missing = [
+        str(folder)
+        for folder in folders
+        if not any((ROOT / top / folder).is_dir() for top in ("pipeline", "."))
+    ]
+    assert missing == []
