@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,29 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which on a clean exit is synced and takes `folder`'s name.
+
+    What a killed run left aside is thrown away. Raises OSError if `folder` exists and is not empty.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes for the owner alone; a model folder is often shared
+            sync(file)
+        sync(aside)
+        os.replace(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync(folder.parent)
 
 
 def sync(path: Path) -> None:

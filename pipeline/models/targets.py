@@ -1,9 +1,8 @@
-"""Logits only where there is a label: the hidden states that predict an answer's tokens are picked before the
-projection.
+"""Logits only where there is a label: hidden states that predict an answer are picked before projection.
 
-A vocabulary of 32k to 256k over a whole padded batch is most of the memory and time of short records. The
-choice is made in a hook on the model's own output projection, so it works for every architecture, under PEFT
-and under ZeRO, and no parameter is renamed.
+Logits of a whole padded batch, over a vocabulary of 32k to 256k, are most of the memory and time of short
+records. A hook on the model's own output projection picks, so it works for every architecture, under PEFT and
+under ZeRO, and no parameter is renamed.
 """
 
 from __future__ import annotations
@@ -43,20 +42,21 @@ class TargetBatch:
 
 
 def collate(records: Sequence[Encoded], pad_id: int = 0) -> TargetBatch:
-    """One batch of `records`. The padding is masked out and on the right, so any valid token id does for
-    it.
+    """One batch of `records`.
+
+    Padding is on the right and masked out, so any valid token id may be `pad_id`.
     """
     width = max(len(record.ids) for record in records)
     input_ids = torch.full((len(records), width), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     positions: list[int] = []
     for row, record in enumerate(records):
-        assert 0 < record.answer_start < len(record.ids), (
-            "an answer needs a token before it and one of its own"
-        )
+        assert 0 < record.answer_start < len(record.ids), "nothing predicts the answer, or it has no token"
         input_ids[row, : len(record.ids)] = torch.tensor(record.ids)
         attention_mask[row, : len(record.ids)] = 1
-        positions.extend(range(row * width + record.answer_start - 1, row * width + len(record.ids) - 1))
+        # Shifted by one: a token is predicted by the hidden state of the token before it.
+        first = row * width
+        positions.extend(range(first + record.answer_start - 1, first + len(record.ids) - 1))
     where = torch.tensor(positions)
     counts = [len(record.ids) - record.answer_start for record in records]
     return TargetBatch(input_ids, attention_mask, where, input_ids.flatten()[where + 1], counts)

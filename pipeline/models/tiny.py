@@ -1,37 +1,37 @@
 """A tiny, randomly initialised model with a tokenizer of its own, made on the spot from a list of texts.
 
-Its special tokens, ties and biases are those of the big model of its kind: Llama 2 opens with a BOS, has no
-pad token and an output head of its own; GPT-2 has one token for everything, Conv1D weights and tied
-embeddings; BLOOM has a pad token.
+Its special tokens and ties are those of the big model of its kind. Llama 2 opens with a BOS, has no pad token
+and an output head of its own. GPT-2 has one token for everything, Conv1D weights and tied embeddings. BLOOM
+has a pad token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
+from pipeline.artifact import write_folder
 from pipeline.config import TinyModel
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact
-from pipeline.models.folder import write_folder
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 _MAX_POSITIONS = 1024
 
 
 class _Specials(NamedTuple):
-    """A family's special tokens; `adds_bos`: whether its tokenizer puts BOS before every text by itself."""
+    """A family's special tokens."""
 
     unk: str
     bos: str
     eos: str
     pad: str | None
     adds_bos: bool
+    """Whether its tokenizer puts BOS before every text by itself."""
 
 
 _SPECIALS = {
@@ -42,8 +42,9 @@ _SPECIALS = {
 
 
 def fact_texts(facts: Iterable[Fact]) -> Iterator[str]:
-    """Every text in `facts` that a model may be asked or should answer; answers follow a blank, as they do
-    after a question.
+    """Every text in `facts` that a model may be asked or should answer.
+
+    Answers follow a blank, as they do after a question: the tokenizer learns them so.
     """
     for fact in facts:
         yield from [fact.prompt, *fact.rephrasings]
@@ -59,22 +60,19 @@ def write_tiny_model(folder: Path, settings: TinyModel, texts: Iterable[str], se
 
     Raises InputError if the heads do not divide the hidden size.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     _check(settings)
     with write_folder(folder) as aside:
         tokenizer = _train_tokenizer(settings, texts)
         tokenizer.save_pretrained(aside)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(
-                tiny_config(settings, len(tokenizer), **_token_ids(tokenizer)), dtype=torch.float32
-            )
+            config = tiny_config(settings, len(tokenizer), **_token_ids(tokenizer))
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(aside)
 
 
 def _check(settings: TinyModel) -> None:
+    # Llama's rotary embedding turns a head's numbers in pairs.
     head_size, rest = divmod(settings.hidden_size, settings.num_heads)
     if rest or (settings.architecture == "llama" and head_size % 2):
         raise InputError(
@@ -85,20 +83,18 @@ def _check(settings: TinyModel) -> None:
 
 def _train_tokenizer(settings: TinyModel, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, which can spell any text: no token is ever unknown."""
-    from transformers import PreTrainedTokenizerFast
-
     specials = _SPECIALS[settings.architecture]
     named = {"unk_token": specials.unk, "bos_token": specials.bos, "eos_token": specials.eos}
     if specials.pad is not None:
         named["pad_token"] = specials.pad
-    tokens = list(dict.fromkeys(named.values()))
+    tokens = list(dict.fromkeys(named.values()))  # GPT-2's are all the same one
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab_size,
         special_tokens=tokens,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # any order would give other token ids
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -122,17 +118,15 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 def tiny_config(settings: TinyModel, num_tokens: int, **token_ids: int) -> PretrainedConfig:
     """The model's config, for a vocabulary of `num_tokens`."""
-    from transformers import AutoConfig
-
     shape = _SHAPES[settings.architecture](settings)
     return AutoConfig.for_model(settings.architecture, vocab_size=num_tokens, **token_ids, **shape)
 
 
 def _llama(settings: TinyModel) -> dict[str, Any]:
+    num_eights = -(-settings.hidden_size * 8 // 24)  # 8/3 of the hidden size, as in Llama, in steps of 8
     return {
         "hidden_size": settings.hidden_size,
-        "intermediate_size": -(-settings.hidden_size * 8 // 24)
-        * 8,  # 8/3 of the hidden size, as in Llama, in steps of 8
+        "intermediate_size": num_eights * 8,
         "num_hidden_layers": settings.num_layers,
         "num_attention_heads": settings.num_heads,
         "num_key_value_heads": settings.num_heads,
@@ -142,7 +136,7 @@ def _llama(settings: TinyModel) -> dict[str, Any]:
 
 
 def _gpt2(settings: TinyModel) -> dict[str, Any]:
-    # GPT-2's own dropout of 0.1 would make a run depend on how its batches are cut into micro-batches.
+    # GPT-2's own dropout of 0.1 would make a loss depend on how a batch is cut into micro-batches.
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return {
         "n_embd": settings.hidden_size,

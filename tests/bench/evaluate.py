@@ -30,7 +30,7 @@ from pipeline.evaluate.protocols import generation, token
 from pipeline.evaluate.respondent import Respondent
 from pipeline.facts.fact import Fact
 from pipeline.facts.prompts import Prompter
-from pipeline.models.fetch import fetch
+from pipeline.models.packaged import fetch
 from pipeline.models.tiny import fact_texts, write_tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -1,6 +1,4 @@
-"""Loading: a model filled tensor by tensor gives the logits of `from_pretrained`; where an artifact's config
-comes from.
-"""
+"""Loading: a model filled tensor by tensor is as `from_pretrained` makes it; where a config comes from."""
 
 from __future__ import annotations
 

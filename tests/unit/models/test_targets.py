@@ -1,6 +1,4 @@
-"""Logits picked before the projection equal the full logits at the same places, on every supported
-architecture.
-"""
+"""Logits picked before the projection equal the full ones at the same places, for every architecture."""
 
 from __future__ import annotations
 

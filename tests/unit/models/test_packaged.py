@@ -8,8 +8,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.errors import InputError
-from pipeline.models.fetch import fetch
-from pipeline.models.packaged import PACKAGED, default_folder, resolve
+from pipeline.models.packaged import PACKAGED, default_folder, fetch, resolve
 
 
 def test_a_name_stands_for_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
