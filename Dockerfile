@@ -10,21 +10,20 @@ LABEL org.opencontainers.image.title="flearn" \
       org.opencontainers.image.description="F-Learning: update what a language model knows by forgetting old facts first" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# A run is no service: it ends by itself, with an exit code. What can go wrong under a long one is the machine: GPUs that torch can no
-# longer use, a folder that can no longer be written. `flearn doctor` looks at that; a warning of its, such as no GPU given to the
-# container at all, counts as healthy. Offline: whether the model hub answers is not the container's health, and may take long to know.
+# A run ends by itself, with an exit code. What can go wrong under a long one is the machine: GPUs that torch can no longer use, a
+# folder that can no longer be written. `flearn doctor` looks at that; its warnings (no GPU given to the container) count as healthy.
+# Offline: whether the model hub answers is not the container's health, and may take long to find out.
 HEALTHCHECK --interval=5m --timeout=1m --start-period=1m CMD ["env", "HF_HUB_OFFLINE=1", "flearn", "doctor"]
 ENTRYPOINT ["flearn"]
 CMD ["--help"]
 
-# HOME and USER hold for any user id, also one without a name (docker run --user): caches go below HOME, and libraries find a name.
+# For any user id, also one without a name (docker run --user): caches go below HOME, and libraries ask for a USER.
 ENV PATH=/opt/flearn/.venv/bin:$PATH HOME=/flearn USER=flearn
 WORKDIR /flearn
 
-# There is no compiler, and none is missed. flearn trains with torch's fused AdamW, so that on GPUs none of DeepSpeed's operators is
-# built; on a CPU DeepSpeed would build one, for communication that training never calls, and flearn tells it not to
-# (pipeline/train/engine.py). What does need one, such as DeepSpeed's CPU Adam, is not offered.
-# No versions: the base decides the release, and a release has one Python. The working folder is anybody's to write in.
+# No compiler is needed. On GPUs flearn trains with torch's fused AdamW, so none of DeepSpeed's operators is built. On a CPU DeepSpeed
+# would build one, for communication that training never calls; flearn tells it not to (pipeline/train/engine.py).
+# No versions: the base decides the release, and a release has one Python. Any user may write in the working folder.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
@@ -33,21 +32,21 @@ RUN apt-get update \
     && mkdir --parents runs .cache/huggingface \
     && chmod 0777 . runs .cache .cache/huggingface
 
-# Dependencies: a layer that only these three files change. Without its source the project is nothing but what it depends on.
-# torch comes first and by its exact version, as in the Makefile. --use-pep517 builds DeepSpeed's package apart from it: with torch in
-# sight its setup asks the base's CUDA for a compiler, and fails.
+# Dependencies: a layer that only these three files change. Installing the project without its source installs what it depends on.
+# torch comes first and by its exact version, as in the Makefile. --use-pep517 builds DeepSpeed's package apart from it: its setup,
+# if it sees torch, asks the base's CUDA for a compiler, and fails.
 COPY setup.cfg pyproject.toml constraints.txt /opt/flearn/
 RUN python3 -m venv /opt/flearn/.venv \
     && pip install --no-cache-dir --constraint /opt/flearn/constraints.txt torch \
     && pip install --no-cache-dir --use-pep517 --constraint /opt/flearn/constraints.txt /opt/flearn \
     && rm -rf /opt/flearn/build /opt/flearn/*.egg-info
 
-# The source: --no-index, for it needs nothing more. chmod, for a checkout may be its owner's alone.
+# The source. --no-index: it needs nothing more. chmod: a checkout may be readable for its owner alone.
 COPY . /opt/flearn
 RUN chmod -R a+rX /opt/flearn/pipeline /opt/flearn/launch /opt/flearn/configs \
     && pip install --no-cache-dir --no-index --no-deps --no-build-isolation --editable /opt/flearn \
     && python -m compileall -q /opt/flearn/pipeline /opt/flearn/launch \
     && ln -s /opt/flearn/configs configs
 
-# By its number, so that Kubernetes sees that it is not root.
+# By number: Kubernetes can then tell that it is not root.
 USER 10001

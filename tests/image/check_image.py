@@ -1,8 +1,7 @@
-"""`make image-test`: builds the container image with buildah on a bare Debian, and runs inside what it
-promises.
+"""`make image-test`: builds the container image with buildah on a bare Debian, and runs what it promises.
 
-Needs root, Debian's buildah and debootstrap, and room in the temporary folder (TMPDIR), for this way of
-storing images copies every layer whole; no Docker, no GPU. What pip needs on this machine (mirrors,
+It needs root, Debian's buildah and debootstrap, and room in the temporary folder (TMPDIR): this way of storing
+images copies every layer whole. It needs no Docker and no GPU. What pip needs on this machine (mirrors,
 certificates, wheels) is mounted while building: the Dockerfile knows nothing of it.
 """
 
@@ -58,7 +57,8 @@ DIFFERENCE = """
 import torch
 from safetensors.torch import load_file
 base, tuned = load_file("base.safetensors")["w"], load_file("tuned.safetensors")["w"]
-torch.testing.assert_close(load_file("out/model.safetensors")["w"], base - 0.5 * (tuned - base), rtol=0, atol=0)
+result = load_file("out/model.safetensors")["w"]
+torch.testing.assert_close(result, base - 0.5 * (tuned - base), rtol=0, atol=0)
 """
 
 
@@ -96,9 +96,7 @@ class Buildah:
 
 
 class Container:
-    """A container of the image, run as Docker would: its entrypoint, its user, its working folder, nothing
-    mounted.
-    """
+    """A container of the image, run as Docker would: its entrypoint, user and working folder, nothing mounted."""
 
     def __init__(self, buildah: Buildah, image: str) -> None:
         self._buildah = buildah
@@ -119,7 +117,9 @@ class Container:
 
 def main() -> None:
     _check_this_machine()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # by way of the clean-up
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("stopped")
+    )  # SystemExit: the temporary folder is cleaned up
     with tempfile.TemporaryDirectory(prefix="flearn-image-") as name:
         folder = Path(name)
         buildah = Buildah(folder)
@@ -189,11 +189,10 @@ def _make_base(root: Path, buildah: Buildah) -> None:
 
 
 def _pip_settings(path: Path) -> list[str]:
-    """buildah's options that give pip in the build what it has here: one pip.conf, made at `path`, and the
-    files that it names.
+    """buildah's options that give pip in the build what it has here: a pip.conf, and the files that it names.
 
-    Those are mounted below /mnt, for at its own place a mounted file would be in the way of Debian's
-    packages.
+    The pip.conf is made at `path`. The files are mounted below /mnt: in their own places they would be in the
+    way of Debian's packages.
     """
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
