@@ -23,6 +23,7 @@ WORKDIR /flearn
 
 # No compiler is needed. On GPUs flearn trains with torch's fused AdamW, so none of DeepSpeed's operators is built. On a CPU DeepSpeed
 # would build one, for communication that training never calls; flearn tells it not to (pipeline/train/engine.py).
+# What does need one, such as DeepSpeed's CPU Adam, is not offered.
 # No versions: the base decides the release, and a release has one Python. Any user may write in the working folder.
 # hadolint ignore=DL3008
 RUN apt-get update \

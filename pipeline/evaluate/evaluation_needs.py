@@ -1,6 +1,4 @@
-"""What an evaluation wants of a machine: the weights (2 or 4 bytes a parameter), keys and values of a batch of
-questions, 8 bytes of logits per answer token and word of the vocabulary; 2 operations a parameter and token.
-"""
+"""What an evaluation wants of a machine: memory for weights, cache and logits, and operations."""
 
 from __future__ import annotations
 
@@ -15,12 +13,15 @@ def evaluation_needs(section: dict[str, Any], model: ModelSize, data: DataSize, 
     settings = Evaluate.model_validate(section["evaluate"])
     width = 2 if settings.precision == "bf16" else 4
     longest = data.record_tokens + settings.max_new_tokens
+    # Keys and values of a batch of questions, and of the lines that are written after them.
     cache = 2 * width * model.num_layers * model.hidden_size * settings.batch_size * longest
+    # Computed in the model's dtype, then copied to fp32: at most 8 bytes for each word of the vocabulary.
     logits = 8 * model.vocab_size * settings.batch_size * ANSWER_TOKENS
     tokens_a_question = data.record_tokens * len(settings.protocols) + settings.max_new_tokens
     return Needs(
         memory={"weights": width * model.num_parameters, "working": PROCESS_BYTES + cache + logits},
         advice=_advice(settings),
+        # A multiplication and an addition for each parameter and token.
         flops=2.0 * model.num_parameters * data.num_facts * data.questions * tokens_a_question,
         precision=settings.precision,
     )

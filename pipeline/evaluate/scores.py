@@ -30,6 +30,7 @@ A score is null where it does not exist.
 
 def mean(values: Sequence[float]) -> float | None:
     """Their mean; None if there are none."""
+    # fsum is exact, so a score does not depend on the order of its records.
     return math.fsum(values) / len(values) if values else None
 
 
@@ -45,6 +46,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 def harmonic_mean(values: Sequence[float | None]) -> float | None:
     """0 if one of them is 0; None if one of them is missing, or there are none."""
     present = [value for value in values if value is not None]
+    # Without the missing ones the mean would look better than it is.
     if not present or len(present) < len(values):
         return None
     return 0.0 if 0 in present else len(present) / math.fsum(1 / value for value in present)

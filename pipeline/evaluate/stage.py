@@ -73,7 +73,7 @@ def _score(
                 record(fact, respondent.outputs, originals.get(fact.id), settings.protocols) for fact in share
             ]
             record_files.append(out, context.rank, rows)
-            progress.advance(len(share) * context.world_size)
+            progress.advance(len(share) * context.world_size)  # the other ranks are about as far
 
 
 def _rounds(pending: list[Fact], size: int, context: Context) -> Iterator[list[Fact]]:

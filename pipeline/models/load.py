@@ -91,8 +91,6 @@ def fill(model: torch.nn.Module, source: TensorSource) -> None:
 
     Raises InputError if a parameter of the model is not in the source, or has another shape there.
     """
-    import torch
-
     targets = model.state_dict(keep_vars=True)
     aligned = align_to_model(source.tensors, model)
     filled = set()
@@ -103,7 +101,8 @@ def fill(model: torch.nn.Module, source: TensorSource) -> None:
                 continue
             if tuple(target.shape) != info.shape:
                 raise InputError(
-                    f"{name}: shape {info.shape} in the {source.kind} weights, but {tuple(target.shape)} by the model's config"
+                    f"{name}: shape {info.shape} in the {source.kind} weights, "
+                    f"but {tuple(target.shape)} by the model's config"
                 )
             _copy(source, name, target.detach().view(-1))
             filled.add(target.data_ptr())

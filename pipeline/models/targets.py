@@ -86,6 +86,7 @@ class TargetLogits:
         if self._positions is None:
             return None
         hidden, *rest = args
+        # By index, not by mask: how many rows a mask picks is known only after waiting for the GPU.
         return (hidden.flatten(0, -2).index_select(0, self._positions), *rest)
 
     @contextmanager

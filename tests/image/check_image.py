@@ -1,8 +1,8 @@
 """`make image-test`: builds the container image with buildah on a bare Debian, and runs what it promises.
 
-It needs root, Debian's buildah and debootstrap, and room in the temporary folder (TMPDIR): this way of storing
-images copies every layer whole. It needs no Docker and no GPU. What pip needs on this machine (mirrors,
-certificates, wheels) is mounted while building: the Dockerfile knows nothing of it.
+It needs root, Debian's buildah and debootstrap, and room in the temporary folder (TMPDIR): every layer is
+stored whole. It needs no Docker and no GPU. What pip needs on this machine (mirrors, certificates, wheels) is
+mounted while building: the Dockerfile knows nothing of it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Buildah:
 
 
 class Container:
-    """A container of the image, run as Docker would: its entrypoint, user and working folder, nothing mounted."""
+    """A container of the image, run as Docker would: its entrypoint, user and folder, nothing mounted."""
 
     def __init__(self, buildah: Buildah, image: str) -> None:
         self._buildah = buildah
@@ -117,9 +117,8 @@ class Container:
 
 def main() -> None:
     _check_this_machine()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit("stopped")
-    )  # SystemExit: the temporary folder is cleaned up
+    # By an exception, so that the temporary folder is cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     with tempfile.TemporaryDirectory(prefix="flearn-image-") as name:
         folder = Path(name)
         buildah = Buildah(folder)
