@@ -13,7 +13,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import InputError
 from pipeline.methods import KINDS, METHODS, Kind
@@ -252,7 +260,8 @@ class Experiment(Section):
     """One experiment: a base model, facts, and the methods to compare on them."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seed: int = 0
+    seeds: list[int] = Field([0], min_length=1)
+    """Every step that leaves anything to chance is run once with each; `seed: N` is the same as `seeds: [N]`."""
     methods: list[Method] = Field(min_length=1)
     """Which methods to compare; each once."""
     model: Model
@@ -267,12 +276,21 @@ class Experiment(Section):
     evaluate: Evaluate = Evaluate()
     cluster: Cluster = Cluster()
 
-    @field_validator("methods")
+    @model_validator(mode="before")
     @classmethod
-    def _each_once(cls, methods: list[Method]) -> list[Method]:
-        if len(set(methods)) < len(methods):
-            raise ValueError("each method may be named once")
-        return methods
+    def _one_seed(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "seed" not in values:
+            return values
+        if "seeds" in values:
+            raise ValueError("give either seed or seeds, not both")
+        return {name: value for name, value in values.items() if name != "seed"} | {"seeds": [values["seed"]]}
+
+    @field_validator("methods", "seeds")
+    @classmethod
+    def _each_once(cls, values: list[Any], info: ValidationInfo) -> list[Any]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"each {str(info.field_name).removesuffix('s')} may be named once")
+        return values
 
     @property
     def run_dir(self) -> Path:
@@ -317,6 +335,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Experiment:
     _resolve_paths(values, path.absolute().parent)
     changed = parse_overrides(overrides or [])
     _resolve_paths(changed, Path.cwd())
+    if changed.keys() & {"seed", "seeds"}:  # either replaces what the file says of either
+        values = {name: value for name, value in values.items() if name not in ("seed", "seeds")}
     merge(values, changed)
     return check(Experiment, values, path)
 

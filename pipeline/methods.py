@@ -39,6 +39,11 @@ class Method:
                 raise ValueError(f"{self.label}: no kind of training is called {kind}; there are {KINDS}")
 
     @property
+    def is_filled(self) -> bool:
+        """Whether the report draws it filled or hollow, so that colour is never the only difference."""
+        return self.subtract is not None
+
+    @property
     def kinds(self) -> set[Kind]:
         """Every kind of training that the method runs."""
         return {kind for kind in (self.subtract, self.learn) if kind is not None}

@@ -7,16 +7,16 @@ fine-tuning. Planning reads no weights and imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline import artifact
 from pipeline.artifact import Artifact
 from pipeline.config import Experiment, Training
 from pipeline.errors import InputError
-from pipeline.methods import METHODS, Kind
+from pipeline.methods import METHODS
 from pipeline.models.packaged import resolve
 from pipeline.settings import Section
 from pipeline.stages import STAGES
@@ -28,18 +28,50 @@ from pipeline.weights.digest import content_digest
 
 @dataclass(frozen=True)
 class Step:
-    """One run of a stage: its settings, and the steps whose artifacts it reads."""
+    """One run of a stage: its settings, and the steps (or artifacts of other runs) that it reads."""
 
     stage: str
     section: dict[str, Any]
-    inputs: dict[str, Step]
+    inputs: Mapping[str, Step | Existing]
     fingerprint: str
     methods: list[str] = field(default_factory=list, compare=False)
-    """The methods that need this step; all of them for shared ones."""
+    """The methods that need this step; none for what all share."""
+    seeds: list[int] = field(default_factory=list, compare=False)
+    """The seeds that need this step; none for what all share, and where there is only one."""
 
     @property
     def id(self) -> str:
         return f"{self.stage}-{self.fingerprint}"
+
+    @property
+    def users(self) -> str:
+        """For whom the step is, in words."""
+        seeds = f"; seed {', '.join(map(str, self.seeds))}" if self.seeds else ""
+        return (", ".join(self.methods) or "all methods") + seeds
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A finished artifact of another run, as a step's input. It is known by its absolute path."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return str(self.folder)
+
+    @property
+    def inputs(self) -> Mapping[str, Step | Existing]:
+        """None: it is finished, so nothing has to be run before it."""
+        return {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Its own. Raises InputError if it is not finished, or was made by another flearn."""
+        fingerprint = Artifact(self.folder).manifest.get("fingerprint")
+        if not isinstance(fingerprint, str):
+            raise InputError(f"{self.folder}: was made by another flearn; make it again")
+        return fingerprint
 
 
 @dataclass
@@ -53,31 +85,34 @@ class Plan:
         self,
         stage: str,
         sections: dict[str, Any],
-        inputs: dict[str, Step],
+        inputs: Mapping[str, Step | Existing],
         method: str | None = None,
+        seed: int | None = None,
         **recipe: Any,
     ) -> Step:
-        """Add a step, or find it if another method already asked for it.
+        """Add a step for `method` and `seed` (None: for all), or find it if another asked for it before.
 
         `sections` holds config sections and plain values, all handed to the stage; `recipe` holds further
         values that enter the fingerprint only (the digest of a file that a section names by path).
         """
-        section = {
-            name: s.model_dump(mode="json") if isinstance(s, Section) else s for name, s in sections.items()
-        }
-        identity = {
-            name: s.recipe() if isinstance(s, Section) else s for name, s in sections.items()
-        } | recipe
-        digest = artifact.fingerprint(
-            stage, STAGES[stage].version, identity, {role: step.fingerprint for role, step in inputs.items()}
-        )
+        section = {}
+        identity = dict(recipe)
+        for name, value in sections.items():
+            is_section = isinstance(value, Section)
+            section[name] = value.model_dump(mode="json") if is_section else value
+            identity[name] = value.recipe() if is_section else value
+        sources = {role: source.fingerprint for role, source in inputs.items()}
+        digest = artifact.fingerprint(stage, STAGES[stage].version, identity, sources)
         step = self.steps.setdefault(f"{stage}-{digest}", Step(stage, section, inputs, digest))
         if method is not None and method not in step.methods:
             step.methods.append(method)
+        if seed is not None and seed not in step.seeds:
+            step.seeds.append(seed)
         return step
 
-    def artifact(self, step: Step) -> Artifact:
-        return Artifact(self.run_dir / step.id)
+    def artifact(self, source: Step | Existing) -> Artifact:
+        """Where the step's result lies, or will; an absolute id stands for itself."""
+        return Artifact(self.run_dir / source.id)
 
     @property
     def facts(self) -> Step:
@@ -95,63 +130,55 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object, for the processes that run it and for `flearn status`."""
-        steps = [
-            {
-                "id": step.id,
-                "stage": step.stage,
-                "section": step.section,
-                "inputs": {role: source.id for role, source in step.inputs.items()},
-                "methods": step.methods,
-            }
-            for step in self.steps.values()
-        ]
+        steps = []
+        for step in self.steps.values():
+            inputs = {role: source.id for role, source in step.inputs.items()}
+            row = {"id": step.id, "stage": step.stage, "section": step.section, "inputs": inputs}
+            steps.append(row | {"methods": step.methods, "seeds": step.seeds})
         return {"run_dir": str(self.run_dir), "steps": steps}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises InputError for a plan that another flearn wrote."""
         plan = cls(Path(value["run_dir"]))
         for row in value["steps"]:
-            inputs = {role: plan.steps[source] for role, source in row["inputs"].items()}
+            if "seeds" not in row:
+                raise InputError(f"{plan.run_dir}: planned by another flearn; run the experiment again")
+            inputs = {role: plan.steps.get(id) or Existing(Path(id)) for role, id in row["inputs"].items()}
             digest = row["id"].rpartition("-")[2]
-            plan.steps[row["id"]] = Step(row["stage"], row["section"], inputs, digest, row["methods"])
+            plan.steps[row["id"]] = Step(
+                row["stage"], row["section"], inputs, digest, row["methods"], row["seeds"]
+            )
         return plan
 
 
 def make_plan(experiment: Experiment) -> Plan:
-    """All steps of `experiment`. Raises InputError for a missing facts file or model folder, or a DeepSpeed
-    config or LoRA modules that no fine-tuning could use: better now than after the hours of the fine-tuning
-    before it.
+    """All steps of `experiment`.
+
+    Raises InputError for a missing facts file or model folder, or a DeepSpeed config or LoRA modules that no
+    fine-tuning could use: better now than after the hours of the fine-tuning before it.
     """
     _check_deepspeed(experiment)
     _check_target_modules(experiment)
-    result = Plan(experiment.run_dir)
-    facts = _add_facts(result, experiment)
-    original = _add_original(result, experiment, facts)
-    evaluations = {"original": _add_evaluation(result, experiment, facts, original, None, None)}
-    states = [
-        _add_method(result, experiment, method, facts, original, evaluations["original"])
-        for method in experiment.methods
-    ]
-    _add_report(result, experiment, facts, evaluations["original"], states)
-    return result
+    plan = Plan(experiment.run_dir)
+    facts = _add_facts(plan, experiment)
+    updates: list[dict[str, Any]] = []
+    for seed in experiment.seeds:
+        updates += _OneSeed(plan, experiment, facts, seed).add()
+    # The report reads the evaluations, and the manifests of all other steps for their times and survival.
+    sections = {"name": experiment.name, "seeds": experiment.seeds, "facts": facts.id, "updates": updates}
+    plan.add("report", sections, dict(plan.steps))
+    return plan
 
 
 def _check_deepspeed(experiment: Experiment) -> None:
-    kinds = set[Kind]().union(*(METHODS[method].kinds for method in experiment.methods))
-    sections: dict[str, Training | None] = {
-        "teach": experiment.teach,
-        **{kind: getattr(experiment, kind) for kind in sorted(kinds)},
-    }
+    sections: dict[str, Training] = {} if experiment.teach is None else {"teach": experiment.teach}
+    for kind in sorted(set().union(*(METHODS[method].kinds for method in experiment.methods))):
+        sections[kind] = experiment.training_for(kind)
     for name, training in sections.items():
-        if training is None:
-            continue
+        shape = Shape.of(training.batch_size, training.micro_batch_size, experiment.cluster.ranks)
         try:
-            make_ready(
-                training,
-                Shape.of(training.batch_size, training.micro_batch_size, experiment.cluster.ranks),
-                hidden_size=1,
-            )
+            make_ready(training, shape, hidden_size=1)
         except InputError as error:
             raise InputError(f"{name}.{error}") from None
 
@@ -169,9 +196,8 @@ def _add_facts(plan: Plan, experiment: Experiment) -> Step:
     needs_old = experiment.teach is not None or any(METHODS[m].subtract for m in experiment.methods)
     paths = experiment.facts.path if isinstance(experiment.facts.path, list) else [experiment.facts.path]
     contents = [_digest(path, "facts.path") for path in paths]
-    return plan.add(
-        "facts", {"facts": experiment.facts, "needs_old_answer": needs_old}, {}, contents=contents
-    )
+    sections = {"facts": experiment.facts, "needs_old_answer": needs_old}
+    return plan.add("facts", sections, {}, contents=contents)
 
 
 def _digest(path: str, field_name: str) -> str:
@@ -186,107 +212,94 @@ def _digest(path: str, field_name: str) -> str:
     return path
 
 
-def _add_original(plan: Plan, experiment: Experiment, facts: Step) -> Step:
-    """The model that every method starts from: the base model, taught the old facts if the experiment says
-    so.
-    """
-    if experiment.model.tiny is not None:
-        # The tiny model's tokenizer is trained on the facts.
-        base = plan.add("model", {"model": experiment.model, "seed": experiment.seed}, {"facts": facts})
-    else:
-        assert experiment.model.path is not None
-        path = resolve(experiment.model.path)
-        content = _digest(path, "model.path")
-        base = plan.add(
-            "model",
-            {"model": experiment.model.model_copy(update={"path": path}), "seed": 0},
-            {},
-            content=content,
-        )
-    if experiment.teach is None:
-        return base
-    sections = {
-        "training": experiment.teach.training,
-        "prompt": experiment.prompt,
-        "target": experiment.teach.facts,
-        "keeps_checkpoint": False,
-        "seed": experiment.seed,
-    }
-    return plan.add("teach", sections, {"model": base, "facts": facts})
+class _OneSeed:
+    """The steps that one seed adds: a model that is not made by chance is shared with the other seeds."""
 
+    def __init__(self, plan: Plan, experiment: Experiment, facts: Step, seed: int) -> None:
+        self._plan = plan
+        self._experiment = experiment
+        self._facts = facts
+        self._seed = seed
+        self._named_seed = seed if len(experiment.seeds) > 1 else None
 
-class States(NamedTuple):
-    """A method's models and their evaluations, as step ids by state."""
+    def add(self) -> list[dict[str, Any]]:
+        """Add all steps; for each method, what the report has to know of it."""
+        original = self._original()
+        reference = self._evaluation(original, None, None)
+        return [self._method(method, original, reference) for method in self._experiment.methods]
 
-    method: str
-    scale: float | None
-    evaluations: dict[str, Step]
-    forget: Step | None
+    def _original(self) -> Step:
+        """The model that every method starts from: the base model, taught the old facts if the experiment
+        says so.
+        """
+        base, teach = self._base(), self._experiment.teach
+        if teach is None:
+            return base
+        sections = self._training_sections(teach.training, teach.facts, keeps_checkpoint=False)
+        inputs = {"model": base, "facts": self._facts}
+        return self._plan.add("teach", sections, inputs, seed=self._named_seed)
 
+    def _base(self) -> Step:
+        model = self._experiment.model
+        if model.tiny is not None:  # random weights, and a tokenizer that is trained on the facts
+            sections = {"model": model, "seed": self._seed}
+            return self._plan.add("model", sections, {"facts": self._facts}, seed=self._named_seed)
+        assert model.path is not None
+        path = resolve(model.path)
+        sections = {"model": model.model_copy(update={"path": path}), "seed": 0}
+        return self._plan.add("model", sections, {}, content=_digest(path, "model.path"))
 
-def _add_method(
-    plan: Plan, experiment: Experiment, method: str, facts: Step, original: Step, reference: Step
-) -> States:
-    recipe = METHODS[method]
-    start, forget, scale = original, None, None
-    evaluations = {"original": reference}
-    if recipe.subtract is not None:
-        scale = experiment.scale_for(method)
-        tuned = _add_tuning(
-            plan, experiment, "tune_old", experiment.training_for(recipe.subtract), original, facts, method
-        )
-        sections = {"forget": experiment.forget.model_copy(update={"scale": scale}), "seed": experiment.seed}
-        forget = start = plan.add("forget", sections, {"base": original, "tuned": tuned}, method)
-        evaluations["tuned"] = _add_evaluation(plan, experiment, facts, tuned, reference, method)
-        evaluations["forgotten"] = _add_evaluation(plan, experiment, facts, forget, reference, method)
-    learning = experiment.training_for(recipe.learn, recipe.settings)
-    updated = _add_tuning(plan, experiment, "learn", learning, start, facts, method)
-    evaluations["updated"] = _add_evaluation(plan, experiment, facts, updated, reference, method)
-    return States(method, scale, evaluations, forget)
-
-
-def _add_tuning(
-    plan: Plan, experiment: Experiment, stage: str, training: Training, model: Step, facts: Step, method: str
-) -> Step:
-    is_old = stage == "tune_old"
-    sections = {
-        "training": training,
-        "prompt": experiment.prompt,
-        "target": "old" if is_old else "new",
-        "keeps_checkpoint": is_old and training.kind == "full",
-        "seed": experiment.seed,
-    }
-    return plan.add(stage, sections, {"model": model, "facts": facts}, method)
-
-
-def _add_evaluation(
-    plan: Plan, experiment: Experiment, facts: Step, model: Step, reference: Step | None, method: str | None
-) -> Step:
-    """Scores of one model. `reference` is the original model's evaluation, which locality is measured
-    against.
-    """
-    inputs = {"model": model, "facts": facts} | ({"reference": reference} if reference is not None else {})
-    return plan.add(
-        "evaluate", {"evaluate": experiment.evaluate, "prompt": experiment.prompt}, inputs, method
-    )
-
-
-def _add_report(
-    plan: Plan, experiment: Experiment, facts: Step, reference: Step, methods: list[States]
-) -> Step:
-    """The report reads all evaluations, and the manifests of all other steps (for their times and
-    survival).
-    """
-    described = [
-        {
-            "method": states.method,
-            "scale": states.scale,
-            "evaluations": {state: step.id for state, step in states.evaluations.items()},
-            "forget": states.forget.id if states.forget is not None else None,
+    def _method(self, name: str, original: Step, reference: Step) -> dict[str, Any]:
+        method, experiment = METHODS[name], self._experiment
+        scale, forget, start = None, None, original
+        evaluations = {"original": reference}
+        if method.subtract is not None:
+            scale = experiment.scale_for(name)
+            tuned = self._tuning("tune_old", experiment.training_for(method.subtract), original, name)
+            settings = experiment.forget.model_copy(update={"scale": scale})
+            forget = start = self._plan.add(
+                "forget",
+                {"forget": settings, "seed": self._seed},
+                {"base": original, "tuned": tuned},
+                name,
+                self._named_seed,
+            )
+            evaluations["tuned"] = self._evaluation(tuned, reference, name)
+            evaluations["forgotten"] = self._evaluation(forget, reference, name)
+        learning = experiment.training_for(method.learn, method.settings)
+        updated = self._tuning("learn", learning, start, name)
+        evaluations["updated"] = self._evaluation(updated, reference, name)
+        return {
+            "method": name,
+            "seed": self._seed,
+            "scale": scale,
+            "evaluations": {state: step.id for state, step in evaluations.items()},
+            "subtraction": forget.id if forget is not None else None,
         }
-        for states in methods
-    ]
-    inputs = {step.id: step for step in plan.steps.values()}
-    return plan.add(
-        "report", {"name": experiment.name, "seed": experiment.seed, "methods": described}, inputs
-    )
+
+    def _tuning(self, stage: str, training: Training, model: Step, method: str) -> Step:
+        is_old = stage == "tune_old"
+        # A subtraction reads the ZeRO partitions in place, so no consolidated copy of them is made.
+        keeps_checkpoint = is_old and training.kind == "full"
+        sections = self._training_sections(training, "old" if is_old else "new", keeps_checkpoint)
+        inputs = {"model": model, "facts": self._facts}
+        return self._plan.add(stage, sections, inputs, method, self._named_seed)
+
+    def _training_sections(self, training: Training, target: str, keeps_checkpoint: bool) -> dict[str, Any]:
+        return {
+            "training": training,
+            "prompt": self._experiment.prompt,
+            "target": target,
+            "keeps_checkpoint": keeps_checkpoint,
+            "seed": self._seed,
+        }
+
+    def _evaluation(self, model: Step, reference: Step | None, method: str | None) -> Step:
+        """Scores of one model. `reference` is the original model's evaluation, which locality is measured
+        against.
+        """
+        inputs = {"model": model, "facts": self._facts}
+        if reference is not None:
+            inputs["reference"] = reference
+        sections = {"evaluate": self._experiment.evaluate, "prompt": self._experiment.prompt}
+        return self._plan.add("evaluate", sections, inputs, method, self._named_seed)

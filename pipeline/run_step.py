@@ -21,7 +21,7 @@ from pipeline.context import (
     reset_peak_memory,
 )
 from pipeline.errors import InputError
-from pipeline.plan import Plan, Step
+from pipeline.plan import Existing, Plan, Step
 from pipeline.stages import STAGES, load
 
 ATTEMPTS = "attempts.json"
@@ -106,23 +106,23 @@ def _check_ahead(plan: Plan, step: Step, context: Context) -> None:
         return
     for other in checked:
         check = STAGES[other.stage].check
-        if other is step or check is None:  # a step checks itself when it starts
+        base = plan.artifact(_base_of(other))
+        # A step checks itself when it starts; a base model that is not made yet is another seed's.
+        if check is None or other is step or not base.is_complete:
             continue
-        inputs = {role: plan.artifact(source) for role, source in other.inputs.items()}
-        inputs["model"] = plan.artifact(_base_of(other))
+        inputs = {role: plan.artifact(source) for role, source in other.inputs.items()} | {"model": base}
         try:
             load(check)(other.section, inputs, context)
         except InputError as error:
-            raise InputError(f"{other.stage} ({', '.join(other.methods)}): {error}") from None
+            raise InputError(f"{other.stage} ({other.users}): {error}") from None
 
 
-def _base_of(step: Step) -> Step:
-    """The base model that `step` descends from: its config and tokenizer are those of all models made of
-    it.
-    """
-    while source := step.inputs.get("base") or step.inputs.get("model"):
-        step = source
-    return step
+def _base_of(step: Step) -> Step | Existing:
+    """The base model that `step` descends from, whose config and tokenizer all models made of it share."""
+    base: Step | Existing = step
+    while source := base.inputs.get("base") or base.inputs.get("model"):
+        base = source
+    return base
 
 
 def _call(
@@ -149,6 +149,7 @@ def _manifest(step: Step, result: dict[str, Any], context: Context) -> dict[str,
     return {
         "stage": step.stage,
         "version": STAGES[step.stage].version,
+        "fingerprint": step.fingerprint,
         "section": step.section,
         "inputs": {role: source.id for role, source in step.inputs.items()},
         "result": result,

@@ -117,5 +117,5 @@ def describe(plan: Plan) -> str:
     lines = [f"{plan.run_dir}: {len(plan.steps)} steps, {len(pending)} to do"]
     for step in plan.steps.values():
         state = "to do" if step.id in pending else "done "
-        lines.append(f"  {state}  {step.id:<{width}}  {', '.join(step.methods) or 'all methods'}")
+        lines.append(f"  {state}  {step.id:<{width}}  {step.users}")
     return "\n".join(lines)

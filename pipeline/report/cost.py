@@ -1,29 +1,61 @@
-"""What a run cost: seconds and memory of its steps, by method, in words for people."""
+"""What a run cost: seconds and memory of its steps, by method, in words for people. Of several seeds each
+counts alone: seconds are a mean over seeds.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pipeline.report.names import STATES, look
+from pipeline.report.seeds import over_seeds
+from pipeline.stages import STAGES
 
 Json = dict[str, Any]
 
-TRAINING = ("tune_old", "forget", "learn")
-"""The stages of a method itself: neither the original model's making, which all share, nor evaluation."""
-STAGE_LABELS = {"tune_old": "FT-old", "forget": "subtract", "learn": "learn"}
+UPDATES = {name: stage.label or name for name, stage in STAGES.items() if stage.is_update}
+"""The stages of a method itself, and what they are called: neither the making of the original model, which all
+share, nor evaluation.
+"""
 
 
-def training_seconds(stages: list[Json], method: str) -> float:
-    """Seconds that `method` would take by itself; a step that methods share counts for each of them."""
-    return sum(step["seconds"] for step in stages if step["stage"] in TRAINING and method in step["methods"])
+def update_seconds(results: Json, method: str) -> dict[str, float]:
+    """Seconds that `method` would take by itself in each of its stages; a step that methods share counts for
+    each of them.
+    """
+    found: dict[str, float] = {}
+    num_seeds = len(results["seeds"])
+    for step in results["stages"]:
+        if step["stage"] in UPDATES and method in step["methods"]:
+            share = (len(step["seeds"]) or num_seeds) / num_seeds
+            found[step["stage"]] = found.get(step["stage"], 0.0) + share * step["seconds"]
+    return found
+
+
+def shown_steps(stages: list[Json]) -> list[Json]:
+    """Rows of `stages` with a `label`: those that differ in their seed alone as one, and all evaluations as
+    one at the end.
+    """
+    named = [step | {"users": tuple(step["methods"])} for step in stages]
+    steps = over_seeds(named, ("stage", "users", "state"), ("seconds", "peak_memory_bytes"))
+    evaluations = [step for step in steps if step["state"] is not None]
+    shown = [step | {"label": step_label(step | {"seeds": []})} for step in steps if step["state"] is None]
+    if evaluations:
+        together = {
+            "label": f"{evaluations[0]['stage']}, {len(evaluations)} models",
+            "methods": [],
+            "seconds": sum(step["seconds"] for step in evaluations),
+            "peak_memory_bytes": max(step["peak_memory_bytes"] for step in evaluations),
+        }
+        shown.append(together)
+    return shown
 
 
 def step_label(step: Json) -> str:
-    """`learn: F-Learning_FT`, `evaluate: forgotten, LoRA`, `teach`; of a row of `stages`."""
-    stage: str = step["stage"]
-    name = STAGE_LABELS.get(stage, stage)
-    details = [STATES[step["state"]]] if step.get("state") else []
+    """`learn: F-Learning_FT`, `evaluate: forgotten, LoRA, seed 1`, `teach`; of a row of `stages`."""
+    name = STAGES[step["stage"]].label or step["stage"]
+    details = [STATES[step["state"]]] if step["state"] else []
     details += [look(method).label for method in step["methods"]]
+    details += [f"seed {seed}" for seed in step["seeds"]]
     return f"{name}: {', '.join(details)}" if details else name
 
 

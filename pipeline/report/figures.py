@@ -1,8 +1,6 @@
-"""The report's figures: each function takes rows of results.json and returns one or more panels, drawn by
-matplotlib.
+"""The report's figures, from rows of results.json: each a picture, or panels of pictures, drawn by matplotlib.
 
-Colours belong to methods and are the same in every figure. F-Learning is filled, methods without forgetting
-are hollow.
+Colours belong to methods and are the same in every figure. Methods that forget are filled, others are hollow.
 """
 
 from __future__ import annotations
@@ -10,29 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pipeline.report.cost import duration, size, step_label
-from pipeline.report.names import HUES, METRICS, PROTOCOLS, STATES, look
-from pipeline.report.svg import INK, MUTED, PAGE, STYLE, inline
+from pipeline.report.cost import duration, shown_steps, size
+from pipeline.report.names import METRICS, PROTOCOLS, STATES, look
+from pipeline.report.seeds import over_seeds
+from pipeline.report.svg import LIGHT, picture
 
 Json = dict[str, Any]
 
 
 class Panel(NamedTuple):
-    """One picture with its title; `svg` is ready for the page."""
+    """One picture with its title, ready for the page."""
 
     title: str
-    svg: str
-
-
-def _draw(width: float, height: float, key: str, label: str, paint: Callable[[Any], None]) -> str:
-    """One set of axes of `width` x `height` inches, painted by `paint`."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        paint(figure.subplots())
-        return inline(figure, key, label)
+    picture: str
 
 
 def _percent(value: float | None) -> str:
@@ -40,9 +28,15 @@ def _percent(value: float | None) -> str:
 
 
 def _fill(method: str) -> dict[str, Any]:
-    """Bars and markers of a method: its colour, filled or hollow."""
-    colour = HUES[look(method).hue][0]
-    return {"facecolor": colour if look(method).is_filled else PAGE, "edgecolor": colour}
+    """Bars of a method: its colour, filled or hollow."""
+    colour = LIGHT.hues[look(method).hue]
+    return {"facecolor": colour if look(method).is_filled else LIGHT.page, "edgecolor": colour}
+
+
+def _percent_axis(axes: Any) -> None:
+    axes.set_ylim(-4, 104)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    axes.grid(axis="x", visible=False)
 
 
 LINES = (
@@ -50,93 +44,102 @@ LINES = (
     ("old_answer", "old answer", {"linestyle": "--", "marker": "s"}),
     ("locality", "locality", {"linestyle": ":", "marker": "^"}),
 )
+CURVES = tuple(key for key, _, _ in LINES)
+"""The figures of a row of results.json's `curves`."""
+
+
+def curve_rows(curves: list[Json]) -> list[Json]:
+    """Rows of `curves`, several seeds as one: their means, and `deviation`."""
+    return over_seeds(curves, ("method", "protocol", "state"), CURVES)
 
 
 def forgetting_curves(curves: list[Json]) -> dict[str, list[Panel]]:
     """For each protocol, a panel per method that forgets: old answer, new answer and locality from state to
     state.
     """
+    rows = curve_rows(curves)
     panels: dict[str, list[Panel]] = {}
-    for protocol in dict.fromkeys(row["protocol"] for row in curves):
-        rows = [row for row in curves if row["protocol"] == protocol]
-        for method in dict.fromkeys(row["method"] for row in rows if row["state"] == "forgotten"):
-            panels.setdefault(protocol, []).append(
-                _curve(method, protocol, [row for row in rows if row["method"] == method])
-            )
+    for row in rows:
+        if row["state"] == "forgotten":
+            key = row["method"], row["protocol"]
+            mine = [one for one in rows if (one["method"], one["protocol"]) == key]
+            panels.setdefault(row["protocol"], []).append(_curve(*key, mine))
     return panels
 
 
 def _curve(method: str, protocol: str, rows: list[Json]) -> Panel:
-    colours = {"new_answer": HUES[look(method).hue][0], "old_answer": INK, "locality": MUTED}
-
     def paint(axes: Any) -> None:
+        colours = {"new_answer": LIGHT.hues[look(method).hue], "old_answer": LIGHT.ink}
         for key, _, style in LINES:
-            points = [(i, 100 * row[key]) for i, row in enumerate(rows) if row[key] is not None]
+            colour = colours.get(key, LIGHT.muted)
+            points = [(x, row) for x, row in enumerate(rows) if row[key] is not None]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=colours[key],
-                    markerfacecolor=PAGE if key != "new_answer" else colours[key],
+                axes.errorbar(
+                    [x for x, _ in points],
+                    [100 * row[key] for _, row in points],
+                    yerr=_deviations([row["deviation"][key] for _, row in points]),
+                    color=colour,
+                    ecolor=colour,
+                    elinewidth=1,
+                    markerfacecolor=colour if key == "new_answer" else LIGHT.page,
                     **style,
                 )
         axes.set_xticks(range(len(rows)), [STATES[row["state"]] for row in rows])
         axes.set_xlim(-0.25, len(rows) - 0.75)
         _percent_axis(axes)
-        axes.grid(axis="x", visible=False)
 
-    told = "; ".join(
-        f"{STATES[row['state']]}: " + ", ".join(f"{name} {_percent(row[key])}" for key, name, _ in LINES)
-        for row in rows
-    )
-    label = (
-        f"{look(method).label}, {PROTOCOLS[protocol].short if protocol in PROTOCOLS else protocol}. {told}."
-    )
-    svg = _draw(3.6, 2.15, f"curve-{protocol}-{method}", label, paint)
-    return Panel(look(method).label, svg)
+    told = []
+    for row in rows:
+        values = ", ".join(f"{name} {_percent(row[key])}" for key, name, _ in LINES)
+        told.append(f"{STATES[row['state']]}: {values}")
+    way = PROTOCOLS[protocol].short if protocol in PROTOCOLS else protocol
+    label = f"{look(method).label}, {way}. {'; '.join(told)}."
+    return Panel(look(method).label, picture(3.6, 2.15, label, paint))
 
 
-def _percent_axis(axes: Any) -> None:
-    axes.set_ylim(-4, 104)
-    axes.set_yticks([0, 25, 50, 75, 100])
+def _deviations(values: list[float | None]) -> list[float] | None:
+    """Whiskers in points; none with one seed."""
+    present = [100 * value for value in values if value is not None]
+    return present if len(present) == len(values) else None
 
 
-def bars(rows: list[Json], protocol: str, metrics: list[str]) -> str:
-    """The updated models' scores under one protocol: a group per metric, a bar per method, two standard
-    errors as whiskers.
+def bars(updated: list[Json], original: Json | None, metrics: list[str]) -> str:
+    """The updated models' scores (rows of `compare.Scores`) under one protocol: a group per metric, a bar per
+    method. Whiskers are two standard errors over records, or one standard deviation over seeds.
     """
-    updated = [row for row in rows if row["state"] == "updated" and row["protocol"] == protocol]
-    original = next((row for row in rows if row["state"] == "original" and row["protocol"] == protocol), None)
     width = 0.8 / max(len(updated), 1)
 
     def paint(axes: Any) -> None:
+        whiskers = {"ecolor": LIGHT.ink, "elinewidth": 1}
         for i, row in enumerate(updated):
             for x, metric in enumerate(metrics):
                 if row[metric] is not None:
-                    error = 200 * (row["stderr"].get(metric) or 0)
                     axes.bar(
-                        x - 0.4 + (i + 0.5) * width, 100 * row[metric], 0.8 * width, yerr=error, error_kw={"ecolor": INK, "elinewidth": 1},
-                        linewidth=1.4, **_fill(row["method"]),
-                    )  # fmt: skip
+                        x - 0.4 + (i + 0.5) * width,
+                        100 * row[metric],
+                        0.8 * width,
+                        yerr=100 * _whisker(row, metric),
+                        error_kw=whiskers,
+                        linewidth=1.4,
+                        **_fill(row["method"]),
+                    )
+        line = {"color": LIGHT.ink, "linewidth": 1.4, "linestyle": (0, (2, 1.5))}
         for x, metric in enumerate(metrics):
             if original and original[metric] is not None:
-                axes.hlines(
-                    100 * original[metric],
-                    x - 0.45,
-                    x + 0.45,
-                    color=INK,
-                    linewidth=1.4,
-                    linestyle=(0, (2, 1.5)),
-                )
+                axes.hlines(100 * original[metric], x - 0.45, x + 0.45, **line)
         axes.set_xticks(range(len(metrics)), [_directed(metric) for metric in metrics])
         _percent_axis(axes)
-        axes.grid(axis="x", visible=False)
 
-    told = "; ".join(
-        f"{look(row['method']).label}: "
-        + ", ".join(f"{metric} {_percent(row[metric])}" for metric in metrics)
-        for row in updated
-    )
-    return _draw(7.6, 2.3, f"bars-{protocol}", f"Scores after the update. {told}.", paint)
+    told = []
+    for row in updated:
+        scores = ", ".join(f"{metric} {_percent(row[metric])}" for metric in metrics)
+        told.append(f"{look(row['method']).label}: {scores}")
+    return picture(7.6, 2.3, f"Scores after the update. {'; '.join(told)}.", paint)
+
+
+def _whisker(row: Json, metric: str) -> float:
+    spread: float = row["spread"].get(metric) or 0.0
+    return spread if row["num_seeds"] > 1 else 2 * spread
 
 
 def _directed(metric: str) -> str:
@@ -145,15 +148,7 @@ def _directed(metric: str) -> str:
 
 def cost(stages: list[Json]) -> list[Panel]:
     """Seconds and peak memory of every step; evaluations are taken together."""
-    steps = [step for step in stages if step["stage"] != "evaluate"]
-    evaluations = [step for step in stages if step["stage"] == "evaluate"]
-    if evaluations:
-        total = {
-            "stage": f"evaluate, {len(evaluations)} models",
-            "methods": [],
-            "seconds": sum(s["seconds"] for s in evaluations),
-        }
-        steps.append(total | {"peak_memory_bytes": max(s["peak_memory_bytes"] for s in evaluations)})
+    steps = shown_steps(stages)
     return [
         _horizontal("Time", "seconds", steps, duration),
         _horizontal("Peak memory", "peak_memory_bytes", steps, size),
@@ -164,46 +159,30 @@ def _horizontal(title: str, key: str, steps: list[Json], tell: Callable[[Any], s
     values = [step[key] for step in steps]
 
     def paint(axes: Any) -> None:
+        shared = {"facecolor": LIGHT.muted, "edgecolor": LIGHT.muted}
+        note = {"va": "center", "fontsize": 8, "color": LIGHT.muted}
         for y, (step, value) in enumerate(zip(steps, values, strict=True)):
-            fill = (
-                _fill(step["methods"][0])
-                if len(step["methods"]) == 1
-                else {"facecolor": MUTED, "edgecolor": MUTED}
-            )
+            fill = _fill(step["methods"][0]) if len(step["methods"]) == 1 else shared
             axes.barh(y, value, 0.62, linewidth=1.2, **fill)
-            axes.annotate(
-                tell(value),
-                (value, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=MUTED,
-            )
-        axes.set_yticks(range(len(steps)), [step_label(step) for step in steps])
+            axes.annotate(tell(value), (value, y), xytext=(4, 0), textcoords="offset points", **note)
+        axes.set_yticks(range(len(steps)), [step["label"] for step in steps])
         axes.set_ylim(len(steps) - 0.5, -0.5)
         axes.set_xlim(0, 1.3 * max(values, default=1) or 1)
         axes.set_xticks([])
         axes.grid(visible=False)
 
-    told = "; ".join(f"{step_label(step)} {tell(value)}" for step, value in zip(steps, values, strict=True))
-    return Panel(
-        title,
-        _draw(
-            5.2, 0.5 + 0.24 * len(steps), f"cost-{key.replace('_', '-')}", f"{title} by step. {told}.", paint
-        ),
-    )
+    told = "; ".join(f"{step['label']} {tell(value)}" for step, value in zip(steps, values, strict=True))
+    return Panel(title, picture(5.2, 0.5 + 0.24 * len(steps), f"{title} by step. {told}.", paint))
 
 
 class Quantity(NamedTuple):
     """A figure of results.json's `layers`, drawn as `factor` times its value on an axis that reaches
     `least_top` at least.
-
-    `told` says to those who cannot see the picture what it shows of a method.
     """
 
     figure: str
     told: str
+    """What it shows of a method, for those who cannot see the picture."""
     factor: float
     least_top: float
 
@@ -218,7 +197,7 @@ SURVIVAL = Quantity(
 
 PARTS = (
     ("mlp", "MLP", {"linestyle": "-", "marker": "o"}),
-    ("attention", "attention", {"linestyle": "--", "marker": "s", "markerfacecolor": PAGE}),
+    ("attention", "attention", {"linestyle": "--", "marker": "s"}),
 )
 
 Lines = dict[str, dict[int, float]]
@@ -233,36 +212,34 @@ def by_layer(layers: dict[str, list[Json]], quantity: Quantity) -> list[Panel]:
     """
     lines = {method: _lines(rows, quantity) for method, rows in layers.items()}
     shared: dict[str, list[str]] = {}
+    highest = quantity.least_top
     for method, parts in lines.items():
         if any(parts.values()):
             shared.setdefault(repr(parts), []).append(method)
-    top = 1.1 * max(
-        [
-            quantity.least_top,
-            *(value for parts in lines.values() for line in parts.values() for value in line.values()),
-        ]
-    )
-    return [_layer_panel(methods, lines[methods[0]], quantity, top or 1) for methods in shared.values()]
+        for line in parts.values():
+            highest = max([highest, *line.values()])
+    top = 1.1 * highest or 1
+    return [_layer_panel(methods, lines[methods[0]], quantity, top) for methods in shared.values()]
 
 
 def _lines(rows: list[Json], quantity: Quantity) -> Lines:
-    values = {part: {row["layer"]: row[part][quantity.figure] for row in rows} for part, _, _ in PARTS}
-    return {
-        part: {layer: quantity.factor * x for layer, x in line.items() if x is not None}
-        for part, line in values.items()
-    }
+    lines: Lines = {}
+    for part, _, _ in PARTS:
+        values = {row["layer"]: row[part][quantity.figure] for row in rows}
+        lines[part] = {layer: quantity.factor * x for layer, x in values.items() if x is not None}
+    return lines
 
 
 def _layer_panel(methods: list[str], lines: Lines, quantity: Quantity, top: float) -> Panel:
-    colour = HUES[look(methods[0]).hue][0]
-
     def paint(axes: Any) -> None:
+        colour = LIGHT.hues[look(methods[0]).hue]
         for part, _, style in PARTS:
             if line := lines[part]:
                 axes.plot(
                     list(line),
                     list(line.values()),
                     color=colour,
+                    markerfacecolor=colour if part == "mlp" else LIGHT.page,
                     clip_on=False,
                     markevery=max(1, len(line) // 16),
                     **style,
@@ -271,11 +248,9 @@ def _layer_panel(methods: list[str], lines: Lines, quantity: Quantity, top: floa
         axes.set_ylim(0, top)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
+    told = []
+    for layer in sorted({layer for line in lines.values() for layer in line}):
+        values = [f"{name} {lines[part][layer]:.3g}" for part, name, _ in PARTS if layer in lines[part]]
+        told.append(f"layer {layer}: {', '.join(values)}")
     title = ", ".join(look(method).label for method in methods)
-    told = "; ".join(
-        f"layer {layer}: "
-        + ", ".join(f"{name} {lines[part][layer]:.3g}" for part, name, _ in PARTS if layer in lines[part])
-        for layer in sorted({layer for line in lines.values() for layer in line})
-    )
-    label = f"{quantity.told.format(title)}. {told}."
-    return Panel(title, _draw(3.6, 2.15, f"{quantity.figure}-{methods[0]}", label, paint))
+    return Panel(title, picture(3.6, 2.15, f"{quantity.told.format(title)}. {'; '.join(told)}.", paint))

@@ -9,7 +9,7 @@ from pipeline.artifact import Artifact
 from pipeline.delta.survival import POOR_PROJECTION
 from pipeline.report.compare import Scores
 from pipeline.report.cost import step_label
-from pipeline.report.names import METRICS, PROTOCOLS, SCORES, look, ordered_protocols, percent
+from pipeline.report.names import METRICS, PROTOCOLS, SCORES, count, look, ordered_protocols, percent
 
 Json = dict[str, Any]
 
@@ -31,21 +31,20 @@ def find(results: Json) -> list[str]:
     methods = [entry["method"] for entry in results["methods"]]
     protocols = ordered_protocols(list(dict.fromkeys(row["protocol"] for row in results["rows"])))
     forgetting = [method for method in methods if scores.row(method, protocols[0], "forgotten")]
-    return [
-        *_unknown(results["known"]),
-        *(text for method in forgetting for text in _not_forgotten(scores, method, protocols, results)),
-        *_collapsed(scores, forgetting, protocols, "forgotten"),
-        *_collapsed(scores, methods, protocols, "updated"),
-        *(
-            text
-            for method, survival in results["survival"].items()
-            for text in _rounded_away(method, survival)
-        ),
-        *(text for method in methods for text in _not_better(scores, method, protocols[0])),
-        *_flattered(scores, methods),
-        *_recited(scores, methods, protocols[0]),
-        *_few_records(results["rows"]),
-    ]
+    found = [*_unknown(results["known"])]
+    for method in forgetting:
+        found += _not_forgotten(scores, method, protocols, results)
+    found += _collapsed(scores, forgetting, protocols, "forgotten")
+    found += _collapsed(scores, methods, protocols, "updated")
+    for method, survival in results["survival"].items():
+        found += _rounded_away(method, survival)
+    for method in methods:
+        found += _not_better(scores, method, protocols[0])
+    found += _flattered(scores, methods)
+    found += _recited(scores, methods, protocols[0])
+    found += _few_records(results["rows"])
+    found += _few_seeds(results["seeds"])
+    return found
 
 
 def from_stages(stages: list[Json], inputs: dict[str, Artifact]) -> list[str]:
@@ -67,8 +66,8 @@ def _unknown(known: Json) -> Iterator[str]:
     # Where it knew none at all, the evaluation itself says so.
     if 0 < known["num_known"] < LEAST_KNOWN * known["num_records"]:
         yield (
-            f"The original model knew only {known['num_known']} of {known['num_records']} old facts: there was little to forget, "
-            "so these results say little about forgetting."
+            f"The original model knew only {count(known['num_known'])} of {count(known['num_records'])} old facts: there was"
+            " little to forget, so these results say little about forgetting."
         )
 
 
@@ -84,8 +83,8 @@ def _not_forgotten(scores: Scores, method: str, protocols: list[str], results: J
     if failed:
         scale = next(entry["scale"] for entry in results["methods"] if entry["method"] == method)
         yield (
-            f"{look(method).label}: subtracting with lambda {scale:g} did not lower the old answers' score beyond the noise "
-            f"({'; '.join(failed)}). What follows cannot be credited to forgetting."
+            f"{look(method).label}: subtracting with lambda {scale:g} did not lower the old answers' score beyond"
+            f" the noise ({'; '.join(failed)}). What follows cannot be credited to forgetting."
         )
 
 
@@ -109,7 +108,8 @@ def _collapsed(scores: Scores, methods: list[str], protocols: list[str], state: 
             if value is not None and value < LEAST_LOCALITY
         ]
         if low:
-            yield f"{when}, most unrelated answers have changed ({_short(protocol)}, unchanged: {', '.join(low)}): {advice}."
+            told = f"{_short(protocol)}, unchanged: {', '.join(low)}"
+            yield f"{when}, most unrelated answers have changed ({told}): {advice}."
 
 
 def _rounded_away(method: str, survival: Json) -> Iterator[str]:
@@ -117,13 +117,13 @@ def _rounded_away(method: str, survival: Json) -> Iterator[str]:
     projection, norm_ratio = survival["projection"], survival["norm_ratio"]
     if projection is not None and POOR_PROJECTION <= projection < GOOD_PROJECTION:
         yield (
-            f"{look(method).label}: rounding to the stored type kept only {projection:.0%} of the intended change along its own direction; "
-            "set forget.dtype to float32, or forget.rounding to stochastic."
+            f"{look(method).label}: rounding to the stored type kept only {projection:.0%} of the intended change"
+            " along its own direction; set forget.dtype to float32, or forget.rounding to stochastic."
         )
     if norm_ratio is not None and norm_ratio > LARGEST_NORM_RATIO:
         yield (
-            f"{look(method).label}: the stored change is {norm_ratio:.1f} times as large as the intended one, the rest being "
-            "rounding noise; set forget.dtype to float32."
+            f"{look(method).label}: the stored change is {norm_ratio:.1f} times as large as the intended one, the"
+            " rest being rounding noise; set forget.dtype to float32."
         )
 
 
@@ -142,7 +142,8 @@ def _not_better(scores: Scores, method: str, protocol: str) -> Iterator[str]:
         text = f"{METRICS[metric].label.lower()} {percent(ours)}% against {percent(theirs)}% ({difference})"
         verdicts.setdefault(verdict, []).append(text)
     for verdict, texts in verdicts.items():
-        yield f"{look(method).label} is {verdict} {look(baseline).label} in {_short(protocol)}: {'; '.join(texts)}."
+        compared = f"{look(method).label} is {verdict} {look(baseline).label} in {_short(protocol)}"
+        yield f"{compared}: {'; '.join(texts)}."
 
 
 def _flattered(scores: Scores, methods: list[str]) -> Iterator[str]:
@@ -167,8 +168,8 @@ def _recited(scores: Scores, methods: list[str], protocol: str) -> Iterator[str]
             found.append(f"{look(method).label} {percent(generality)}% against {percent(reliability)}%")
     if found:
         yield (
-            f"The new answers are recited rather than known: rephrased, the questions rarely get them ({_short(protocol)}, generality "
-            f"against reliability: {', '.join(found)})."
+            "The new answers are recited rather than known: rephrased, the questions rarely get them"
+            f" ({_short(protocol)}, generality against reliability: {', '.join(found)})."
         )
 
 
@@ -183,7 +184,18 @@ def _few_records(rows: list[Json]) -> Iterator[str]:
     if few:
         named = ", ".join(f"{METRICS[metric].label.lower()} {count}" for metric, count in few.items())
         error = 50 / min(few.values()) ** 0.5
-        yield f"Few records ({named}): a standard error may reach {error:.0f} points, so small differences mean nothing."
+        yield (
+            f"Few records ({named}): a standard error may reach {error:.0f} points, so small differences mean"
+            " nothing."
+        )
+
+
+def _few_seeds(seeds: list[int]) -> Iterator[str]:
+    if len(seeds) == 2:
+        yield (
+            "Two seeds tell little of how far seeds lie apart: hardly any difference can stand out from the noise;"
+            " give three or more."
+        )
 
 
 def _short(protocol: str) -> str:

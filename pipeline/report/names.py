@@ -1,53 +1,18 @@
-"""What things are called and how they look in the report: methods, states, protocols and metrics, one plain
-table each.
+"""What things are called and how they look in the report: states, protocols and metrics, one plain table each.
+
+What methods are called stands in `pipeline/methods.py`, and what stages are in `pipeline/stages.py`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-
-class Look(NamedTuple):
-    """A method on the page. `baseline` learns the same way without forgetting first; pairs share a `hue`."""
-
-    label: str
-    hue: str
-    baseline: str | None = None
-
-    @property
-    def is_filled(self) -> bool:
-        """F-Learning is drawn filled, everything else hollow, so that colour is never the only difference."""
-        return self.label.startswith("F-Learning")
+from pipeline.methods import METHODS, Method
 
 
-LOOKS: dict[str, Look] = {
-    "full_ft": Look("Full-FT", "blue"),
-    "lora": Look("LoRA", "orange"),
-    "flearn_ft": Look("F-Learning_FT", "blue", baseline="full_ft"),
-    "flearn_lora": Look("F-Learning_LoRA", "orange", baseline="lora"),
-    "flearn_lora_ft": Look("F-Learning_LoRA-FT", "green", baseline="full_ft"),
-    "ft_c": Look("FT-c", "purple"),
-    "rome": Look("ROME", "sky"),
-    "memit": Look("MEMIT", "yellow"),
-}
-
-HUES: dict[str, tuple[str, str]] = {
-    "blue": ("#0072b2", "#58b0e6"),
-    "orange": ("#c8500a", "#f0924a"),
-    "green": ("#00825f", "#2fc79b"),
-    "purple": ("#9b4f83", "#d48fbf"),
-    "sky": ("#3d8fbf", "#8fd0f5"),
-    "yellow": ("#9a7400", "#e6c043"),
-    "grey": ("#6b7178", "#9aa1a9"),
-}
-"""Colours on a light and on a dark page: Okabe and Ito's colour-blind safe set, darkened to 3:1 contrast on
-white.
-"""
-
-
-def look(method: str) -> Look:
-    """How `method` is shown; a method that this table does not know goes by its own name, in grey."""
-    return LOOKS.get(method, Look(method, "grey"))
+def look(method: str) -> Method:
+    """The row of METHODS; a method that it does not know goes by its own name, in grey."""
+    return METHODS.get(method, Method(method, learn="full"))
 
 
 STATES = {"original": "original", "tuned": "after FT-old", "forgotten": "forgotten", "updated": "updated"}
@@ -72,6 +37,8 @@ METRICS: dict[str, Metric] = {
 }
 SCORES = ("reliability", "generality", "locality", "leakage", "portability")
 """The metrics of the main tables, in their order. `old_reliability` is the forgetting curve's."""
+ROW_METRICS = (*SCORES, "old_reliability")
+"""The metrics of a row of results.json."""
 
 
 class Way(NamedTuple):
@@ -143,6 +110,11 @@ def ordered_protocols(present: list[str]) -> list[str]:
 def three_digits(value: float | None, factor: float = 1) -> str:
     """`factor` times a number that may be of any size; an en dash where there is none."""
     return "–" if value is None else f"{factor * value:#.3g}".rstrip(".")
+
+
+def count(value: float) -> str:
+    """A number of records; over several seeds it is a mean, and may have a decimal."""
+    return f"{value:.1f}".removesuffix(".0")
 
 
 def percent(value: float | None) -> str:

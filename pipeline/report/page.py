@@ -16,17 +16,20 @@ from markupsafe import Markup
 from pipeline.report import cost, figures
 from pipeline.report.compare import Scores
 from pipeline.report.names import (
-    HUES,
     METRICS,
     PROTOCOLS,
+    ROW_METRICS,
     STATES,
     Way,
+    count,
     look,
     ordered_protocols,
     percent,
     three_digits,
 )
+from pipeline.report.seeds import over_seeds
 from pipeline.report.summary import summarise
+from pipeline.report.svg import DARK, LIGHT
 from pipeline.report.table import best_values, measured
 
 Json = dict[str, Any]
@@ -44,17 +47,21 @@ def render(results: Json) -> str:
     environment.filters |= {
         "percent": percent,
         "three_digits": three_digits,
-        "svg": Markup,
+        "count": count,
+        "picture": Markup,
         "settings": _settings_text,
+        "duration": cost.duration,
+        "size": cost.size,
     }
-    environment.filters |= {"duration": cost.duration, "size": cost.size}
     environment.globals |= {
         "look": look,
         "METRICS": METRICS,
         "STATES": STATES,
-        "HUES": HUES,
+        "LIGHT": LIGHT,
+        "DARK": DARK,
         "LINES": figures.LINES,
         "PARTS": figures.PARTS,
+        "UPDATES": cost.UPDATES,
     }
     return environment.get_template("template.html.j2").render(**_view(results))
 
@@ -62,19 +69,22 @@ def render(results: Json) -> str:
 def _view(results: Json) -> Json:
     """What the template shows, worked out."""
     protocols = ordered_protocols([row["protocol"] for row in results["rows"]])
-    curves = figures.forgetting_curves(results["curves"])
+    methods = [entry["method"] for entry in results["methods"]]
+    panels = figures.forgetting_curves(results["curves"])
+    # Under `probability` the old answer's curve is the new one's mirror image: the table's numbers are enough.
+    curves = [
+        (_way(p), panels[p]) for p in protocols if p in panels and (p != "probability" or len(protocols) == 1)
+    ]
     return {
         "results": results,
+        "num_seeds": len(results["seeds"]),
         "summary": summarise(results),
+        "compared": [(m, look(m).baseline) for m in methods if look(m).baseline in methods],
         "protocols": [_protocol(results, protocol) for protocol in protocols],
-        # Under `probability` the old answer's curve is the new one's mirror image: numbers in the table are
-        # enough.
-        "curves": [
-            (_way(p), curves[p])
-            for p in protocols
-            if p in curves and (p != "probability" or len(protocols) == 1)
-        ],
-        "curve_rows": sorted(results["curves"], key=lambda row: protocols.index(row["protocol"])),
+        "curves": curves,
+        "curve_rows": sorted(
+            figures.curve_rows(results["curves"]), key=lambda row: protocols.index(row["protocol"])
+        ),
         "cost_panels": figures.cost(results["stages"]),
         "cost_rows": _costs(results),
         "norm_panels": figures.by_layer(results["layers"], figures.NORM),
@@ -82,7 +92,7 @@ def _view(results: Json) -> Json:
         "survival_panels": figures.by_layer(results["layers"], figures.SURVIVAL),
         "all_survives": _all_survives(results["layers"]),
         "step_label": cost.step_label,
-        "sample_rows": lambda sample: _sample_rows(sample, [entry["method"] for entry in results["methods"]]),
+        "sample_rows": lambda sample: _sample_rows(sample, methods),
         "way": _way,
         "model": _model(results["settings"]),
         "facts_path": _facts_path(results["settings"]),
@@ -97,16 +107,17 @@ def _protocol(results: Json, protocol: str) -> Json:
     updated = [row for entry in entries if (row := scores.row(entry["method"], protocol, "updated"))]
     best = best_values(updated, metrics)
     original = scores.row(entries[0]["method"], protocol, "original")
+    rows = []
+    for row in updated:
+        cells = [_cell(row, metric, best) | _change(scores, row, metric) for metric in metrics]
+        rows.append((row, cells))
     return {
         "id": protocol,
         "way": _way(protocol),
         "metrics": metrics,
         "original": [_cell(original, metric) for metric in metrics],
-        "rows": [
-            (row, [_cell(row, metric, best) | _change(scores, row, metric) for metric in metrics])
-            for row in updated
-        ],
-        "figure": figures.bars(results["rows"], protocol, metrics),
+        "rows": rows,
+        "figure": figures.bars(updated, original, metrics),
         "split": _split(results["known"]["rows"], protocol),
     }
 
@@ -114,32 +125,26 @@ def _protocol(results: Json, protocol: str) -> Json:
 def _cell(row: Json | None, metric: str, best: Json | None = None) -> Json:
     """A score as the table shows it."""
     value = row[metric] if row else None
-    stderr = row["stderr"].get(metric) if row and value is not None else None
+    spread = row["spread"].get(metric) if row and value is not None else None
     is_best = value is not None and best is not None and percent(value) == percent(best[metric])
     return {
         "value": percent(value),
-        "stderr": percent(stderr) if stderr is not None else "",
+        "spread": percent(spread) if spread is not None else "",
         "is_best": is_best,
         "change": None,
     }
 
 
 def _change(scores: Scores, row: Json, metric: str) -> Json:
-    """How an F-Learning method's score differs from that of the same training without forgetting."""
+    """How a method's score differs from that of its baseline."""
     change = scores.to_baseline(row["method"], row["protocol"], metric)
     baseline = look(row["method"]).baseline
     if change is None or baseline is None:
         return {}
     is_better = (change.value > 0) == METRICS[metric].higher_is_better
     kind = "noise" if change.is_noise else "better" if is_better else "worse"
-    return {
-        "change": {
-            "points": change.points,
-            "kind": kind,
-            "baseline": look(baseline).label,
-            "noise": change.noise_points,
-        }
-    }
+    told = {"points": change.points, "kind": kind, "noise": change.noise_points}
+    return {"change": told | {"baseline": look(baseline).label}}
 
 
 def _split(rows: list[Json], protocol: str) -> list[tuple[str, Json, Json]]:
@@ -147,22 +152,25 @@ def _split(rows: list[Json], protocol: str) -> list[tuple[str, Json, Json]]:
     of the two is empty.
     """
     mine = [row for row in rows if row["protocol"] == protocol and row["state"] == "updated"]
-    subsets = {
-        subset: {row["method"]: row for row in mine if row["subset"] == subset}
-        for subset in ("known", "unknown")
-    }
-    pairs = [(method, row, subsets["unknown"][method]) for method, row in subsets["known"].items()]
-    return [pair for pair in pairs if pair[1]["num_records"] and pair[2]["num_records"]]
+    merged = over_seeds(mine, ("method", "subset"), (*ROW_METRICS, "num_records"))
+    by_subset = {(row["subset"], row["method"]): row for row in merged}
+    pairs = []
+    for method in dict.fromkeys(row["method"] for row in mine):
+        known, unknown = by_subset["known", method], by_subset["unknown", method]
+        if known["num_records"] and unknown["num_records"]:
+            pairs.append((method, known, unknown))
+    return pairs
 
 
 def _all_survives(layers: dict[str, list[Json]]) -> bool:
     """Whether every layer keeps, as far as the page's digits go, all of what was to be subtracted from it (as
     in float32).
     """
-    kept = {
-        row[block]["projection"] for rows in layers.values() for row in rows for block, _, _ in figures.PARTS
-    }
-    return {percent(share) for share in kept if share is not None} == {percent(1)}
+    kept = set()
+    for rows in layers.values():
+        for row in rows:
+            kept |= {percent(row[part]["projection"]) for part, _, _ in figures.PARTS}
+    return kept - {percent(None)} == {percent(1)}
 
 
 def _sample_rows(sample: Json, methods: list[str]) -> list[tuple[str, list[Json | None]]]:
@@ -175,28 +183,17 @@ def _sample_rows(sample: Json, methods: list[str]) -> list[tuple[str, list[Json 
 
 
 def _costs(results: Json) -> list[Json]:
-    """Each method's training time, and its ratio to the same training without forgetting."""
+    """Each method's training time, and its ratio to its baseline's."""
     rows = []
     for entry in results["methods"]:
-        method = entry["method"]
-        parts = {stage: _seconds(results["stages"], method, stage) for stage in cost.TRAINING}
-        total = cost.training_seconds(results["stages"], method)
-        baseline = look(method).baseline
-        reference = cost.training_seconds(results["stages"], baseline) if baseline else 0
-        rows.append(
-            {
-                "method": method,
-                "parts": parts,
-                "total": total,
-                "ratio": f"{total / reference:.2f} ×" if reference else "–",
-            }
-        )
+        parts = cost.update_seconds(results, entry["method"])
+        total = sum(parts.values())
+        baseline = look(entry["method"]).baseline
+        reference = sum(cost.update_seconds(results, baseline).values()) if baseline else 0
+        ratio = f"{total / reference:.2f} ×" if reference else "–"
+        shown = {stage: parts.get(stage) for stage in cost.UPDATES}
+        rows.append({"method": entry["method"], "parts": shown, "total": total, "ratio": ratio})
     return rows
-
-
-def _seconds(stages: list[Json], method: str, stage: str) -> float | None:
-    seconds = [step["seconds"] for step in stages if step["stage"] == stage and method in step["methods"]]
-    return sum(seconds) if seconds else None
 
 
 def _way(protocol: str) -> Way:
@@ -205,15 +202,16 @@ def _way(protocol: str) -> Way:
 
 def _model(settings: list[Json]) -> str:
     """The base model in a few words."""
-    model: Json = next((entry["section"]["model"] for entry in settings if entry["stage"] == "model"), {})
+    model: Json = next((e["section"]["model"] for e in settings if "model" in e["section"]), {})
     tiny = model.get("tiny")
     if tiny:
-        return f"tiny {tiny['architecture']} made on the spot ({tiny['num_layers']} layers, hidden size {tiny['hidden_size']})"
+        size = f"{tiny['num_layers']} layers, hidden size {tiny['hidden_size']}"
+        return f"tiny {tiny['architecture']} made on the spot ({size})"
     return str(model.get("path") or "–")
 
 
 def _facts_path(settings: list[Json]) -> str:
-    paths = next((entry["section"]["facts"]["path"] for entry in settings if entry["stage"] == "facts"), "–")
+    paths = next((e["section"]["facts"]["path"] for e in settings if "facts" in e["section"]), "–")
     return ", ".join(Path(path).name for path in ([paths] if isinstance(paths, str) else paths))
 
 

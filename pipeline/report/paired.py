@@ -2,7 +2,7 @@
 their errors.
 
 The two models answered the same questions, so the error of the difference is that of the differences: hard
-questions, which both get wrong, do not blur it.
+questions, which both get wrong, do not blur it. Both are of one seed.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pipeline.report.records import Records
 Json = dict[str, Any]
 
 
-def compare(methods: list[Json], records: dict[str, Records]) -> list[Json]:
-    """Every F-Learning method's updated model against its baseline's, and its forgotten model against the
+def compare(updates: list[Json], records: dict[str, Records]) -> list[Json]:
+    """Every updated model against that of its method's baseline, and every forgotten one against the
     original.
     """
-    evaluations = {m["method"]: m["evaluations"] for m in methods}
+    evaluations = {(update["method"], update["seed"]): update["evaluations"] for update in updates}
     rows: list[Json] = []
-    for method, states in evaluations.items():
-        baseline = look(method).baseline
-        if baseline in evaluations:
-            pair = records[states["updated"]], records[evaluations[baseline]["updated"]]
-            rows += _rows({"method": method, "state": "updated", "against": baseline}, *pair, SCORES)
+    for (method, seed), states in evaluations.items():
+        baseline = evaluations.get((look(method).baseline or "", seed))
+        labels = {"method": method, "seed": seed}
+        if baseline is not None:
+            pair = records[states["updated"]], records[baseline["updated"]]
+            labels |= {"state": "updated", "against": look(method).baseline}
+            rows += _rows(labels, *pair, SCORES)
         if "forgotten" in states:
             pair = records[states["forgotten"]], records[states["original"]]
-            rows += _rows(
-                {"method": method, "state": "forgotten", "against": "original"}, *pair, ("old_reliability",)
-            )
+            rows += _rows(labels | {"state": "forgotten", "against": "original"}, *pair, ("old_reliability",))
     return rows
 
 

@@ -1,34 +1,44 @@
 """What a run measured, as one JSON object: gathered from its steps' manifests, and all that the page and the
 table know.
 
-`rows` is the contract that scripts are written against: one row per method, protocol and state, scores as
-fractions of 1, null where there is none. The original model's rows are repeated for every method, so that
-each method's rows stand alone.
+`rows` is the contract that scripts are written against: one row per method, protocol, state and seed, scores
+as fractions of 1, null where there is none. The original model's rows are repeated for every method, so that
+each method's rows stand alone. With several seeds `summary` has a row per method, protocol and state: of each
+score the `mean` over seeds and its standard `deviation` (n - 1); with one seed it is empty, and `seed` is that
+seed.
+
+`comparisons` pairs, record by record, models of the same seed: `difference` is the mean over the records, and
+`stderr` its standard error over them. `known` counts facts of the original model; over several seeds these
+counts, `survival` and `layers` are means over seeds. `samples` are those of the first seed.
 
 `survival` and `layers` have an entry for every method that forgets: the subtraction's figures over the whole
 model, and by layer `{"layer": 0, "attention": {...}, "mlp": {...}, "matrices": {name: L2 norm of its
-change}}`. Of a layer's attention and of its MLP: `delta_norm` is the L2 norm of what fine-tuning on the old
-facts changed, before it is scaled; `relative_norm` that norm divided by the norm of the original weights that
-were fine-tuned (an adapter's: of the matrices it changes); `share_changed` the share of those weights whose
-stored value the subtraction changed; `projection` the share of the intended change that is stored, along its
-own direction. Fractions of 1 (`projection` may pass it, by rounding), null where nothing was fine-tuned or
-nothing was to change.
+change}}`. Of a layer's attention and of its MLP:
+
+    delta_norm      L2 norm of what fine-tuning on the old facts changed, before it is scaled
+    relative_norm   that norm divided by the norm of the original weights that were fine-tuned (an adapter's:
+                    of the matrices it changes)
+    share_changed   share of those weights whose stored value the subtraction changed
+    projection      share of the intended change that is stored, along its own direction
+
+Fractions of 1 (`projection` may pass it, by rounding), null where nothing was fine-tuned or nothing was to
+change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.report import findings, samples
-from pipeline.report.names import STATES
+from pipeline.report.names import ROW_METRICS, STATES
 from pipeline.report.paired import compare
-from pipeline.report.records import read
+from pipeline.report.records import Records, read
+from pipeline.report.seeds import average, over_seeds
 
-ROW_METRICS = ("reliability", "generality", "locality", "leakage", "portability", "old_reliability")
 LAYER_BLOCKS = ("attention", "mlp")
 LAYER_FIGURES = ("delta_norm", "relative_norm", "share_changed", "projection")
 PACKAGES = ("flearn", "torch", "deepspeed", "transformers", "peft")
@@ -36,52 +46,81 @@ PACKAGES = ("flearn", "torch", "deepspeed", "transformers", "peft")
 Json = dict[str, Any]
 
 
-def build(methods: list[Json], name: str, seed: int, inputs: dict[str, Artifact]) -> Json:
+def build(section: Json, inputs: dict[str, Artifact]) -> Json:
     """The results of one run.
 
-    `methods` is the report step's own list: method, scale, its evaluations' step ids by state, its forget
-    step's id. `inputs` maps every step's id to its artifact. Raises InputError for a step that has not
-    finished.
+    `section` is the report step's own: name, seeds, the facts step's id, and for each method and seed an
+    update (method, seed, scale, its evaluations' step ids by state, its subtraction's step id). `inputs` maps
+    every step's id to its artifact. Raises InputError for a step that has not finished.
     """
-    evaluations = {
-        m["method"]: {s: inputs[m["evaluations"][s]].result for s in STATES if s in m["evaluations"]}
-        for m in methods
-    }
-    sampled = samples.choose(next(iter(evaluations.values()))["original"]["num_records"])
-    records = {step: read(inputs[step], sampled) for m in methods for step in m["evaluations"].values()}
-    forgets = {m["method"]: inputs[m["forget"]].result for m in methods if m["forget"] is not None}
-    users = _users(methods, inputs)
+    updates, seeds = section["updates"], section["seeds"]
+    sampled = samples.choose(_evaluation(updates[0], "original", inputs)["num_records"])
+    records: dict[str, Records] = {}
+    for update in updates:
+        for step in update["evaluations"].values():
+            records[step] = records.get(step) or read(inputs[step], sampled)
+    rows = list(_rows(updates, inputs))
+    survival, layers = _subtractions(updates, inputs)
+    stages = _stages(updates, seeds, inputs)
+    facts = inputs[section["facts"]].result
     results: Json = {
-        "name": name,
-        "seed": seed,
-        "methods": [{"method": m["method"], "scale": m["scale"]} for m in methods],
-        "rows": _rows(methods, evaluations, seed),
-        "comparisons": compare(methods, records),
-        "curves": _curves(evaluations),
-        "known": _known(evaluations),
-        "survival": {method: facts["survival"] for method, facts in forgets.items()},
-        "layers": {method: _layers(facts["layers"]) for method, facts in forgets.items()},
-        "stages": _stages(inputs, methods, users),
-        "data": _data(inputs),
-        "samples": samples.show(sampled, methods, records),
-        "settings": _settings(inputs, users),
-        "versions": _versions(),
+        "name": section["name"],
+        "seed": seeds[0] if len(seeds) == 1 else None,
+        "seeds": seeds,
+        "methods": [
+            {"method": update["method"], "scale": update["scale"]}
+            for update in updates
+            if update["seed"] == seeds[0]
+        ],
+        "rows": rows,
+        "summary": _summary(rows) if len(seeds) > 1 else [],
+        "comparisons": compare(updates, records),
+        "curves": list(_curves(updates, inputs)),
+        "known": _known(updates, inputs),
+        "survival": survival,
+        "layers": layers,
+        "stages": stages,
+        "data": {key: facts[key] for key in ("format", "num_read", "num_facts", "dropped")},
+        "samples": samples.show(sampled, [u for u in updates if u["seed"] == seeds[0]], records),
+        "settings": _settings(stages, inputs),
+        "versions": {package: _version(package) for package in PACKAGES},
         "finished": max((source.manifest["finished"] for source in inputs.values()), default=None),
     }
-    results["warnings"] = findings.find(results) + findings.from_stages(results["stages"], inputs)
+    results["warnings"] = findings.find(results) + findings.from_stages(stages, inputs)
     return _without_nan(results)
 
 
-def _rows(methods: list[Json], evaluations: dict[str, dict[str, Json]], seed: int) -> list[Json]:
+def _evaluation(update: Json, state: str, inputs: dict[str, Artifact]) -> Json:
+    """What was measured of one state of a method's model."""
+    return inputs[update["evaluations"][state]].result
+
+
+def _measured(updates: list[Json], inputs: dict[str, Artifact]) -> Iterator[tuple[Json, str, Json]]:
+    """Each method's states, in the order in which its model passes through them: update, state, result."""
+    for update in updates:
+        for state in STATES:
+            if state in update["evaluations"]:
+                yield update, state, _evaluation(update, state, inputs)
+
+
+def _rows(updates: list[Json], inputs: dict[str, Artifact]) -> Iterator[Json]:
+    for update, state, result in _measured(updates, inputs):
+        if state == "tuned":  # no model that anyone would use: the curves have it
+            continue
+        for protocol, scores in result["protocols"].items():
+            labels = {"method": update["method"], "protocol": protocol, "state": state}
+            run = {"num_records": result["num_records"], "seed": update["seed"], "scale": update["scale"]}
+            metrics = {metric: scores.get(metric) for metric in ROW_METRICS}
+            errors = {"stderr": scores["stderr"], "counts": scores["counts"], "other": _other(scores)}
+            yield labels | metrics | run | errors
+
+
+def _summary(rows: list[Json]) -> list[Json]:
+    """The rows over seeds."""
     return [
-        {"method": m["method"], "protocol": protocol, "state": state}
-        | {metric: scores.get(metric) for metric in ROW_METRICS}
-        | {"num_records": facts["num_records"], "seed": seed, "scale": m["scale"]}
-        | {"stderr": scores["stderr"], "counts": scores["counts"], "other": _other(scores)}
-        for m in methods
-        for state, facts in evaluations[m["method"]].items()
-        if state != "tuned"
-        for protocol, scores in facts["protocols"].items()
+        {key: row[key] for key in ("method", "protocol", "state", "scale", "num_seeds")}
+        | {"mean": {metric: row[metric] for metric in ROW_METRICS}, "deviation": row["deviation"]}
+        for row in over_seeds(rows, ("method", "protocol", "state"), ROW_METRICS)
     ]
 
 
@@ -90,38 +129,49 @@ def _other(scores: Json) -> Json:
     return {name: value for name, value in scores.items() if name not in (*ROW_METRICS, "stderr", "counts")}
 
 
-def _curves(evaluations: dict[str, dict[str, Json]]) -> list[Json]:
-    """How the old and the new answer fare from state to state, FT-old included; one row per method, protocol
-    and state.
-    """
-    return [
-        {
-            "method": method,
-            "protocol": protocol,
-            "state": state,
-            "new_answer": scores.get("reliability"),
-            "old_answer": scores.get("old_reliability"),
-            "locality": scores.get("locality"),
-        }
-        for method, states in evaluations.items()
-        for state, facts in states.items()
-        for protocol, scores in facts["protocols"].items()
-    ]
+def _curves(updates: list[Json], inputs: dict[str, Artifact]) -> Iterator[Json]:
+    """How the old and the new answer fare from state to state, FT-old included."""
+    for update, state, result in _measured(updates, inputs):
+        for protocol, scores in result["protocols"].items():
+            yield {
+                "method": update["method"],
+                "seed": update["seed"],
+                "protocol": protocol,
+                "state": state,
+                "new_answer": scores.get("reliability"),
+                "old_answer": scores.get("old_reliability"),
+                "locality": scores.get("locality"),
+            }
 
 
-def _known(evaluations: dict[str, dict[str, Json]]) -> Json:
+def _known(updates: list[Json], inputs: dict[str, Artifact]) -> Json:
     """The scores apart for the facts whose old answer the original model knew, and for the others."""
-    rows = [
-        {"method": method, "protocol": protocol, "state": state, "subset": subset}
-        | {metric: scores.get(metric) for metric in ROW_METRICS}
-        | {"num_records": facts[subset]["num_known" if subset == "known" else "num_records"]}
-        for method, states in evaluations.items()
-        for state, facts in states.items()
-        for subset in ("known", "unknown")
-        for protocol, scores in facts[subset]["protocols"].items()
-    ]
-    known = next(iter(evaluations.values()))["original"]["known"]
-    return {"num_known": known["num_known"], "num_records": known["num_records"], "rows": rows}
+    rows = []
+    for update, state, result in _measured(updates, inputs):
+        for subset, count in (("known", "num_known"), ("unknown", "num_records")):
+            for protocol, scores in result[subset]["protocols"].items():
+                labels = {"method": update["method"], "seed": update["seed"], "protocol": protocol}
+                metrics = {metric: scores.get(metric) for metric in ROW_METRICS}
+                rows.append(
+                    labels
+                    | {"state": state, "subset": subset}
+                    | metrics
+                    | {"num_records": result[subset][count]}
+                )
+    originals = {update["seed"]: _evaluation(update, "original", inputs)["known"] for update in updates}
+    counts = [{key: known[key] for key in ("num_known", "num_records")} for known in originals.values()]
+    return average(counts) | {"rows": rows}
+
+
+def _subtractions(updates: list[Json], inputs: dict[str, Artifact]) -> tuple[Json, Json]:
+    """Survival and layers by method, for those that forget."""
+    results: dict[str, list[Json]] = {}
+    for update in updates:
+        if update["subtraction"] is not None:
+            results.setdefault(update["method"], []).append(inputs[update["subtraction"]].result)
+    survival = {method: average([one["survival"] for one in found]) for method, found in results.items()}
+    layers = {method: average([_layers(one["layers"]) for one in found]) for method, found in results.items()}
+    return survival, layers
 
 
 def _layers(rows: list[Json]) -> list[Json]:
@@ -139,61 +189,67 @@ def _layers(rows: list[Json]) -> list[Json]:
     ]
 
 
-def _users(methods: list[Json], inputs: dict[str, Artifact]) -> dict[str, list[str]]:
-    """By step id, the methods that need the step; none for what only makes and scores the original model,
-    which all share.
-    """
-    shared = _ancestors([m["evaluations"]["original"] for m in methods], inputs)
-    needed = {m["method"]: _ancestors(m["evaluations"].values(), inputs) - shared for m in methods}
-    return {step: [method for method, steps in needed.items() if step in steps] for step in inputs}
-
-
 def _ancestors(steps: Iterable[str], inputs: dict[str, Artifact]) -> set[str]:
-    """`steps`, and all that they were made from."""
+    """`steps`, and all of this run that they were made from."""
     found: set[str] = set()
     waiting = list(steps)
     while waiting:
         step = waiting.pop()
-        if step not in found:
+        if step in inputs and step not in found:
             found.add(step)
             waiting += inputs[step].manifest["inputs"].values()
     return found
 
 
-def _stages(inputs: dict[str, Artifact], methods: list[Json], users: dict[str, list[str]]) -> list[Json]:
-    """What each step cost. `state` says which state of the model an evaluation looked at."""
-    states = {step: state for m in methods for state, step in m["evaluations"].items()}
+def _stages(updates: list[Json], seeds: list[int], inputs: dict[str, Artifact]) -> list[Json]:
+    """What each step cost, and what it was for.
+
+    `methods` need the step: none where all share it, as they do what makes and scores the original model.
+    `seeds` likewise, and none with one seed. `state` says which state of the model an evaluation looked at.
+    """
+    original = _ancestors([update["evaluations"]["original"] for update in updates], inputs)
+    methods: dict[str, list[str]] = {step: [] for step in inputs}
+    users: dict[str, list[int]] = {step: [] for step in inputs}
+    states: dict[str, str] = {}
+    for update in updates:
+        states |= {step: state for state, step in update["evaluations"].items()}
+        for step in _ancestors(update["evaluations"].values(), inputs):
+            if step not in original and update["method"] not in methods[step]:
+                methods[step].append(update["method"])
+            if update["seed"] not in users[step]:
+                users[step].append(update["seed"])
+    costs = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "num_ranks", "device")
     return [
-        {"id": step, "stage": source.manifest["stage"], "methods": users[step], "state": states.get(step)}
-        | {
-            key: source.manifest[key]
-            for key in ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "num_ranks", "device")
+        {
+            "id": step,
+            "stage": source.manifest["stage"],
+            "methods": methods[step],
+            "seeds": users[step] if len(users[step]) < len(seeds) else [],
+            "state": states.get(step),
         }
+        | {key: source.manifest[key] for key in costs}
         for step, source in inputs.items()
     ]
 
 
-def _data(inputs: dict[str, Artifact]) -> Json:
-    """What the facts stage read, kept and dropped."""
-    facts = next(source.result for source in inputs.values() if source.manifest["stage"] == "facts")
-    return {key: facts[key] for key in ("format", "num_read", "num_facts", "dropped")}
-
-
-def _settings(inputs: dict[str, Artifact], users: dict[str, list[str]]) -> list[Json]:
-    """Every step's own settings; steps of the same stage and settings share an entry."""
+def _settings(stages: list[Json], inputs: dict[str, Artifact]) -> list[Json]:
+    """Every step's own settings; steps of the same stage that differ in their seed at most share an entry."""
     entries: list[Json] = []
-    for step, source in inputs.items():
-        stage, section, methods = source.manifest["stage"], source.manifest["section"], users[step]
-        entry = next((e for e in entries if e["stage"] == stage and e["section"] == section), None)
+    for row in stages:
+        section = dict(inputs[row["id"]].manifest["section"])
+        seed = section.pop("seed", None)
+        twins = (e for e in entries if e["stage"] == row["stage"] and e["section"] == section)
+        entry = next(twins, None)
         if entry is None:
-            entries.append({"stage": stage, "methods": list(methods), "section": section})
-        else:
-            entry["methods"] += [method for method in methods if method not in entry["methods"]]
+            entry = {"stage": row["stage"], "methods": [], "section": section, "seeds": []}
+            entries.append(entry)
+        entry["methods"] += [method for method in row["methods"] if method not in entry["methods"]]
+        entry["seeds"] += [] if seed is None or seed in entry["seeds"] else [seed]
+    for entry in entries:
+        seeds = entry.pop("seeds")
+        if seeds:
+            entry["section"] |= {"seed": seeds[0] if len(seeds) == 1 else seeds}
     return entries
-
-
-def _versions() -> dict[str, str | None]:
-    return {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str | None:

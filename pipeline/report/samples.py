@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report.names import STATES
 from pipeline.report.records import Records
 
 Json = dict[str, Any]
@@ -24,26 +23,26 @@ def choose(num_records: int) -> list[int]:
     return [(2 * i + 1) * num_records // (2 * count) for i in range(count)]
 
 
-def show(positions: list[int], methods: list[Json], records: dict[str, Records]) -> list[Json]:
-    """What each model said about the records at `positions`; nothing where the `generation` protocol was not
-    run.
+def show(positions: list[int], updates: list[Json], records: dict[str, Records]) -> list[Json]:
+    """What each model of one seed said about the records at `positions`; nothing where the `generation`
+    protocol was not run.
     """
-    original = records[methods[0]["evaluations"]["original"]]
+    original = records[updates[0]["evaluations"]["original"]]
     return [
-        _sample(position, methods, records)
+        _sample(position, updates, records)
         for position in positions
         if "generation" in original.samples[position]
     ]
 
 
-def _sample(position: int, methods: list[Json], records: dict[str, Records]) -> Json:
-    original = records[methods[0]["evaluations"]["original"]].samples[position]
-    said = [
-        {"method": m["method"], "state": state} | _answer(records[m["evaluations"][state]].samples[position])
-        for m in methods
-        for state in STATES
-        if state != "original" and state in m["evaluations"]
-    ]
+def _sample(position: int, updates: list[Json], records: dict[str, Records]) -> Json:
+    original = records[updates[0]["evaluations"]["original"]].samples[position]
+    said = []
+    for update in updates:
+        for state, step in update["evaluations"].items():
+            if state != "original":
+                answer = _answer(records[step].samples[position])
+                said.append({"method": update["method"], "state": state} | answer)
     asked = {key: original[key] for key in ("id", "prompt", "old_answers", "new_answer", "knows_old")}
     return asked | {"original": _answer(original), "said": said}
 

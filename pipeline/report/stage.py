@@ -14,8 +14,8 @@ RESULTS, PAGE = "results.json", "report.html"
 
 
 def run(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> dict[str, Any]:
-    """Write the report of the run described by `section` (name, seed, methods) into `out`."""
-    results = build(section["methods"], section["name"], section["seed"], inputs)
+    """Write the report of the run that `section` describes (`pipeline.report.results.build`) into `out`."""
+    results = build(section, inputs)
     write(results, out)
     return {"results": RESULTS, "page": PAGE, "warnings": results["warnings"]}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pipeline.report.compare import Scores
-from pipeline.report.cost import training_seconds
+from pipeline.report.cost import update_seconds
 from pipeline.report.names import PROTOCOLS, look, ordered_protocols, percent
 
 Json = dict[str, Any]
@@ -28,14 +28,17 @@ def summarise(results: Json) -> Summary:
         _original(scores, methods[0], protocol),
         *(_method(scores, method, protocol, results) for method in methods),
     ]
+    num_seeds = len(results["seeds"])
+    if num_seeds > 1:
+        points.insert(0, f"All scores are means over {num_seeds} seeds; ± is their standard deviation.")
     return Summary(_headline(scores, best, protocol), [point for point in points if point])
 
 
 def _best(scores: Scores, methods: list[str], protocol: str) -> str:
-    """The method to talk about: of the F-Learning ones, if there are any, the one with the highest
+    """The method to talk about: of those that forget, if there are any, the one with the highest
     reliability.
     """
-    candidates = [method for method in methods if look(method).baseline] or methods
+    candidates = [method for method in methods if look(method).subtract] or methods
     return max(
         candidates,
         key=lambda method: (scores.row(method, protocol, "updated") or {}).get("reliability") or 0.0,
@@ -55,7 +58,8 @@ def _original(scores: Scores, method: str, protocol: str) -> str | None:
     new, old = (scores.get(method, protocol, "original", metric) for metric in ("reliability", "leakage"))
     if new is None or old is None:
         return None
-    return f"Before any update, {percent(old)}% of the questions get the old answer and {percent(new)}% the new one ({_way(protocol)})."
+    told = f"{percent(old)}% of the questions get the old answer and {percent(new)}% the new one"
+    return f"Before any update, {told} ({_way(protocol)})."
 
 
 def _method(scores: Scores, method: str, protocol: str, results: Json) -> str | None:
@@ -68,7 +72,9 @@ def _method(scores: Scores, method: str, protocol: str, results: Json) -> str | 
         _cost(results, method, baseline),
     ]
     scale = next(entry["scale"] for entry in results["methods"] if entry["method"] == method)
-    return f"{look(method).label} (λ = {scale:g}): {'; '.join(part for part in parts if part)}."
+    name = look(method).label + ("" if scale is None else f" (λ = {scale:g})")
+    told = [part for part in parts if part]
+    return f"{name}: {'; '.join(told)}." if told else None
 
 
 def _forgetting(scores: Scores, method: str, protocol: str) -> str | None:
@@ -88,11 +94,12 @@ def _gain(scores: Scores, method: str, baseline: str, protocol: str) -> str | No
         return f"in the end it gives as many new answers as {look(baseline).label}"
     amount = f"{100 * abs(change.value):.1f} points {'fewer' if change.value < 0 else 'more'}"
     judgement = ", which is within the noise" if change.is_noise else ""
-    return f"in the end it gives {amount} new answers than {look(baseline).label} (noise: {change.noise_points}){judgement}"
+    against = f"{look(baseline).label} (noise: {change.noise_points})"
+    return f"in the end it gives {amount} new answers than {against}{judgement}"
 
 
 def _cost(results: Json, method: str, baseline: str) -> str | None:
-    seconds, reference = (training_seconds(results["stages"], m) for m in (method, baseline))
+    seconds, reference = (sum(update_seconds(results, m).values()) for m in (method, baseline))
     return f"training took {seconds / reference:.2f} times as long" if seconds and reference else None
 
 

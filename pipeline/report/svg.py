@@ -1,85 +1,117 @@
-"""Turns a matplotlib figure into SVG that lives inside the page: its colours and font, the same bytes each
-time, no addresses.
+"""A figure as the page shows it: two pictures inside the page, one for light and paper, one for dark.
 
-Figures are drawn in the light page's colours; each is then replaced by the CSS variable of that name, so that
-dark mode and printing need no second picture.
+It is painted once; the dark picture has every colour of LIGHT replaced by its counterpart in DARK.
 """
 
 from __future__ import annotations
 
 import io
-import re
+from base64 import b64encode
+from collections.abc import Callable
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from pipeline.report.names import HUES
+from pipeline.methods import Hue
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-INK, MUTED, RULE, PAGE = "#1b1f24", "#5d6670", "#d5dae0", "#fefefe"
-_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAGE: "page"} | {
-    light: f"hue-{hue}" for hue, (light, _) in HUES.items()
-}
+class Palette(NamedTuple):
+    """The page's colours that figures share, on a light or on a dark page. No colour is in both."""
 
-STYLE: Any = {
-    "svg.fonttype": "none",
+    ink: str
+    muted: str
+    rule: str
+    page: str
+    hues: dict[Hue, str]
+    """Okabe and Ito's colour-blind safe set; on white darkened to a contrast of 3:1."""
+
+
+LIGHT = Palette(
+    ink="#1b1f24",
+    muted="#5d6670",
+    rule="#d5dae0",
+    page="#fefefe",
+    hues={
+        "blue": "#0072b2",
+        "orange": "#c8500a",
+        "green": "#00825f",
+        "purple": "#9b4f83",
+        "sky": "#3d8fbf",
+        "yellow": "#9a7400",
+        "grey": "#6b7178",
+    },
+)
+DARK = Palette(
+    ink="#e6e9ec",
+    muted="#9aa4ae",
+    rule="#343b42",
+    page="#14171a",
+    hues={
+        "blue": "#58b0e6",
+        "orange": "#f0924a",
+        "green": "#2fc79b",
+        "purple": "#d48fbf",
+        "sky": "#8fd0f5",
+        "yellow": "#e6c043",
+        "grey": "#9aa1a9",
+    },
+)
+
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text, in a font of the reader's
+    "svg.hashsalt": "flearn",
     "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
+    "font.family": "sans-serif",
+    "text.color": LIGHT.ink,
+    "axes.edgecolor": LIGHT.rule,
+    "axes.labelcolor": LIGHT.muted,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": RULE,
+    "grid.color": LIGHT.rule,
     "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
+    "xtick.color": LIGHT.muted,
+    "ytick.color": LIGHT.muted,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "lines.linewidth": 1.8,
     "lines.markersize": 5.5,
-    "hatch.linewidth": 0.8,
+    "lines.solid_joinstyle": "round",
 }
 
 
-def inline(figure: Figure, key: str, label: str) -> str:
-    """The figure as an <svg> element. `key` is unique on the page; `label` says to those who cannot see it
-    what it shows.
+def picture(width: float, height: float, label: str, paint: Callable[[Any], None]) -> str:
+    """One set of axes of `width` x `height` inches, painted by `paint` in the LIGHT colours, as a <picture>.
+
+    `label` says to those who cannot see it what it shows. The same bytes each time.
     """
+    light = dark = _draw(width, height, paint)
+    for colour, other in zip(_colours(LIGHT), _colours(DARK), strict=True):
+        dark = dark.replace(colour, other)
+    return (
+        f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{_data(dark)}">'
+        f'<img src="{_data(light)}" alt="{escape(label)}"></picture>'
+    )
+
+
+def _colours(palette: Palette) -> list[str]:
+    return [palette.ink, palette.muted, palette.rule, palette.page, *palette.hues.values()]
+
+
+def _data(svg: str) -> str:
+    return f"data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}"
+
+
+def _draw(width: float, height: float, paint: Callable[[Any], None]) -> str:
     from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    with rc_context({**STYLE, "svg.hashsalt": key}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    body = buffer.getvalue().partition("<svg")[2]
-    opening, _, body = body.partition(">")
-    body = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = _own_ids(_shared_font(_shared_colours(" ".join(body.split()))), key)
-    view = re.search(r'viewBox="[^"]*"', opening)
-    assert view is not None
-    return f'<svg {view.group()} role="img" aria-label="{escape(label)}">{body}'
-
-
-def _shared_colours(body: str) -> str:
-    for colour, name in _VARIABLES.items():
-        body = body.replace(colour, f"var(--{name})")
-    return re.sub(r'(fill|stroke)="(var\(--[a-z-]+\))"', r'style="\1: \2"', body)
-
-
-def _shared_font(body: str) -> str:
-    return re.sub(r"\s*font-family: [^;\"]*;?", "", body)
-
-
-def _own_ids(body: str, key: str) -> str:
-    """Drop ids that nothing refers to, and make the others unique on the page."""
-    used = set(re.findall(r"url\(#([^)]+)\)", body)) | set(re.findall(r'href="#([^"]+)"', body))
-    body = re.sub(r' id="([^"]*)"', lambda match: f' id="{key}-{match[1]}"' if match[1] in used else "", body)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", body)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure.subplots())
+        # No date, or no two pages would be the same.
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]  # without the DOCTYPE, which names an address

@@ -46,9 +46,10 @@ def _table(results: Json) -> Table:
 
     methods = [entry["method"] for entry in results["methods"]]
     metrics = measured(results["rows"])
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{results['name']}: scores in %", title_justify="left", pad_edge=False
-    )
+    title = f"{results['name']}: scores in %"
+    if len(results["seeds"]) > 1:
+        title += f", mean ± standard deviation of {len(results['seeds'])} seeds"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     table.add_column("model", no_wrap=True)
     for metric in metrics:
         table.add_column(
@@ -69,7 +70,11 @@ def _table(results: Json) -> Table:
 def _cell(row: Json | None, metric: str, best: Json) -> str:
     value = row[metric] if row else None
     text = percent(value)
-    return f"[bold]{text}[/bold]" if value is not None and text == percent(best.get(metric)) else text
+    if value is None or row is None:
+        return text
+    if row["num_seeds"] > 1:
+        text += f"±{percent(row['spread'][metric])}"
+    return f"[bold]{text}[/bold]" if percent(value) == percent(best.get(metric)) else text
 
 
 def measured(rows: list[Json]) -> list[str]:

@@ -20,6 +20,8 @@ def test_complete_is_the_manifest(tmp_path: Path) -> None:
     assert artifact.is_complete
     assert artifact.model_path == "hub/name"
     assert artifact.input("model").folder == tmp_path / "teach-2"
+    artifact.commit({"result": {}, "inputs": {"model": str(tmp_path / "other" / "teach-2")}})
+    assert Artifact(artifact.folder).input("model").folder == tmp_path / "other" / "teach-2"
     assert [p.name for p in artifact.folder.iterdir()] == ["manifest.json"]
 
 

@@ -156,6 +156,33 @@ def test_a_method_may_set_fields_of_its_training(load: Load) -> None:
         experiment.training_for("full", {"rank": 6})
 
 
+@pytest.mark.parametrize(
+    ("text", "override", "seeds"),
+    [
+        ("", [], [0]),
+        ("seed: 3", [], [3]),
+        ("seeds: [1, 2]", [], [1, 2]),
+        ("seed: 3", ["seeds=[1, 2]"], [1, 2]),
+        ("seeds: [1, 2]", ["seed=3"], [3]),
+    ],
+)
+def test_one_seed_or_several(load: Load, text: str, override: list[str], seeds: list[int]) -> None:
+    assert load(MINIMAL + text, *override).seeds == seeds
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["seed=1", "seeds=[1]"], "give either seed or seeds"),
+        (["seeds=[1, 1]"], "seeds: each seed may be named once"),
+        (["seeds=[]"], "seeds: List should have at least 1 item"),
+        (["seed=first"], "seeds.0: Input should be a valid integer"),
+    ],
+)
+def test_seeds_that_are_none(load: Load, given: list[str], words: str) -> None:
+    assert words in refusal(load, MINIMAL, *given)
+
+
 def test_a_deepspeed_file_replaces_and_a_dotted_key_extends(load: Load, tmp_path: Path) -> None:
     text = MINIMAL + "full: {deepspeed: {zero_optimization: {stage: 2}, fp16: {enabled: true}}}"
     (tmp_path / "plain.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from pipeline import config
+from pipeline.artifact import Artifact
 from pipeline.delta.subtract import ARITHMETIC_VERSION
 from pipeline.errors import InputError
-from pipeline.methods import METHODS
-from pipeline.plan import Plan, make_plan
+from pipeline.methods import METHODS, Method
+from pipeline.plan import Existing, Plan, make_plan
 from pipeline.stages import STAGES
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
@@ -56,11 +57,38 @@ def test_methods_share_what_they_can() -> None:
     ]
 
 
-def test_inputs_come_first() -> None:
+@pytest.mark.parametrize("overrides", [[], ["seeds=[0, 1]"]])
+def test_inputs_come_first(overrides: list[str]) -> None:
     seen: set[str] = set()
-    for step in planned().steps.values():
+    for step in planned(*overrides).steps.values():
         assert {source.id for source in step.inputs.values()} <= seen
         seen.add(step.id)
+
+
+def test_seeds_share_what_leaves_nothing_to_chance(tiny_model: Any) -> None:
+    steps = list(planned("seeds=[0, 1]").steps.values())
+    count = {stage: sum(step.stage == stage for step in steps) for stage in STAGES}
+    assert (count["facts"], count["model"], count["teach"], count["learn"]) == (1, 2, 2, 2 * len(METHODS))
+    assert (steps[0].seeds, steps[0].users) == ([], "all methods")
+    learned = [step for step in steps if step.stage == "learn" and step.methods == ["flearn_ft"]]
+    assert [step.users for step in learned] == ["flearn_ft; seed 0", "flearn_ft; seed 1"]
+    folder = planned("seeds=[0, 1]", "model.tiny=null", f"model.path={tiny_model('llama')}")
+    assert sum(step.stage == "model" for step in folder.steps.values()) == 1
+
+
+def test_another_seed_leaves_the_first_ones_steps_alone() -> None:
+    one, two = planned(), planned("seeds=[0, 1]")
+    assert one.steps.keys() - two.steps.keys() == {one.report.id}
+    assert all(step.seeds == [] for step in one.steps.values())
+
+
+def test_a_method_that_changes_settings_alone_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = Method("Full-FT twice", learn="full", baseline="full_ft", settings={"epochs": 99})
+    monkeypatch.setitem(METHODS, "twice", twice)
+    before, after = planned("methods=[full_ft]"), planned("methods=[full_ft, twice]")
+    added = [step for id, step in after.steps.items() if id not in before.steps]
+    assert [step.stage for step in added] == ["learn", "evaluate", "report"]
+    assert added[0].section["training"]["epochs"] == 99 and added[0].methods == ["twice"]
 
 
 def test_a_new_lambda_forgets_learns_and_evaluates_again() -> None:
@@ -97,8 +125,36 @@ def test_facts_are_known_by_their_content(tmp_path: Path) -> None:
     assert changed(f"facts.path={copy}") == set(STAGES)
 
 
-def test_a_plan_survives_its_json() -> None:
-    assert Plan.from_json(planned().to_json()).to_json() == planned().to_json()
+@pytest.mark.parametrize("overrides", [[], ["seeds=[0, 1]"]])
+def test_a_plan_survives_its_json(overrides: list[str]) -> None:
+    plan = planned(*overrides)
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again.to_json() == plan.to_json() and list(again.steps.values()) == list(plan.steps.values())
+
+
+def test_a_plan_of_another_flearn_is_refused() -> None:
+    value = planned().to_json()
+    for row in value["steps"]:
+        del row["seeds"]
+    with pytest.raises(InputError, match="planned by another flearn; run the experiment again"):
+        Plan.from_json(value)
+
+
+def test_an_artifact_of_another_run_may_be_an_input(tmp_path: Path) -> None:
+    folder = tmp_path / "other" / "learn-0123456789ab"
+    with pytest.raises(InputError, match="has not finished"):
+        Existing(folder).fingerprint  # noqa: B018
+    Artifact(folder).commit({"result": {}})
+    with pytest.raises(InputError, match="made by another flearn"):
+        Existing(folder).fingerprint  # noqa: B018
+    Artifact(folder).commit({"fingerprint": "0123456789ab", "result": {}})
+    plan = Plan(tmp_path / "run")
+    step = plan.add("evaluate", {}, {"model": Existing(folder)})
+    assert plan.artifact(step.inputs["model"]).folder == folder
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again.steps == plan.steps
+    Artifact(folder).commit({"fingerprint": "000000000000", "result": {}})
+    assert plan.add("evaluate", {}, {"model": Existing(folder)}).id != step.id
 
 
 @pytest.mark.parametrize("section", ["teach", "full", "lora"])

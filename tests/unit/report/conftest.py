@@ -69,6 +69,7 @@ class FakeRun:
     """Added to the new answer's token accuracy alone."""
     warnings: dict[str, list[str]] = field(default_factory=dict)
     """By stage: what its steps warn of."""
+    seeds: list[int] = field(default_factory=lambda: [3])
     prompt: str = "Who is the mayor of town {i}?"
     answer: str = "{text}"
 
@@ -77,7 +78,7 @@ class FakeRun:
         folder.mkdir(parents=True, exist_ok=True)
         write_facts(folder / "source.jsonl", self.facts())
         steps = self._plan(folder)
-        self._original: dict[str, Json] = {}
+        self._originals: dict[str, dict[str, Json]] = {}
         inputs: dict[str, Artifact] = {}
         for step in steps.steps.values():
             if step.stage == "report":
@@ -105,7 +106,7 @@ class FakeRun:
             Experiment.model_validate(
                 {
                     "name": "towns",
-                    "seed": 3,
+                    "seeds": self.seeds,
                     "methods": self.methods,
                     "model": {"tiny": {}},
                     "facts": {"path": str(folder / "source.jsonl")},
@@ -179,15 +180,16 @@ class FakeRun:
 
     def _evaluation(self, step: Step, folder: Path) -> Json:
         mind = self.minds[self._state(step)]
-        rows = [self._record(i, fact, mind) for i, fact in enumerate(self.facts())]
+        rows = [self._record(i, fact, mind, step.seeds) for i, fact in enumerate(self.facts())]
         (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if "reference" not in step.inputs:
-            self._original = {row["id"]: row for row in rows}
+            self._originals[step.id] = {row["id"]: row for row in rows}
             for row in rows:
                 for protocol in self.protocols:
                     row[protocol]["scores"]["locality"] = None
-        known = [row for row in rows if self._original[row["id"]]["knows_old"]]
-        unknown = [row for row in rows if not self._original[row["id"]]["knows_old"]]
+        original = self._originals[step.inputs.get("reference", step).id]
+        known = [row for row in rows if original[row["id"]]["knows_old"]]
+        unknown = [row for row in rows if not original[row["id"]]["knows_old"]]
         return {
             "protocols": aggregate(rows, self.protocols),
             "known": {
@@ -201,13 +203,14 @@ class FakeRun:
 
     def _state(self, step: Step) -> tuple[str, str | None]:
         model = step.inputs["model"]
+        assert isinstance(model, Step)
         if model.stage == "tune_old":
             return "tuned", model.section["training"]["kind"]
         state = {"forget": "forgotten", "learn": "updated"}.get(model.stage, "original")
         return state, step.methods[0] if state != "original" else None
 
-    def _record(self, i: int, fact: Fact, mind: Mind) -> Json:
-        chance = random.Random(f"{i} {mind}").random()
+    def _record(self, i: int, fact: Fact, mind: Mind, seeds: list[int]) -> Json:
+        chance = random.Random(f"{i} {mind} {seeds or ''}".rstrip()).random()
         gives = "new" if chance < mind.new else "old" if chance < mind.new + mind.old else "other"
         text = {"new": fact.new_answer, "old": fact.old_answer, "other": f"Nobody {i}"}[gives]
         same = float(random.Random(f"{i} same").random() < mind.same)
@@ -258,6 +261,6 @@ def make_results(write_run: WriteRun) -> MakeResults:
 
     def make(**changes: Any) -> Json:
         section, inputs = write_run(**changes)
-        return build(section["methods"], section["name"], section["seed"], inputs)
+        return build(section, inputs)
 
     return make

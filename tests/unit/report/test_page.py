@@ -4,6 +4,7 @@ are missing.
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from pipeline.artifact import Artifact
 from pipeline.report import page
 from pipeline.report.names import look
 from pipeline.report.results import build
+from pipeline.report.svg import DARK, LIGHT
 from pipeline.report.table import render
 
 Json = dict[str, Any]
@@ -23,7 +25,7 @@ WriteRun = Callable[..., tuple[Json, dict[str, Artifact]]]
 
 SMALL: Json = {"methods": ["flearn_ft"], "protocols": ["generation"]}
 
-VOID = {"meta", "br", "link", "img", "input", "hr"}
+VOID = {"meta", "br", "link", "img", "source", "input", "hr"}
 
 
 class Reader(HTMLParser):
@@ -76,21 +78,36 @@ def html(results: Json) -> str:
 def shown(html: str) -> str:
     """What a reader sees or hears of a page, but for its settings (which may well be null)."""
     html = re.sub(r"<(pre|style)>.*?</\1>", "", html, flags=re.DOTALL)
-    return " ".join([Reader(html).text, *re.findall(r'aria-label="([^"]*)"', html)])
+    return " ".join([Reader(html).text, *re.findall(r'(?:alt|aria-label)="([^"]*)"', html)])
 
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
+def pictures(html: str) -> list[str]:
+    """The SVG files inside the page: of each figure the dark one, then the light one."""
+    data = re.findall(r'"data:image/svg\+xml;base64,([^"]*)"', html)
+    return [base64.b64decode(one).decode() for one in data]
+
+
 def test_nothing_is_loaded_from_elsewhere(html: str) -> None:
+    without_pictures = re.sub(r'"data:image/svg\+xml;base64,[^"]*"', '""', html)
     assert not re.search(
         r"https?:|//[a-z]|@import|@font-face|data:",
-        html.partition("<body>")[0] + re.sub(r">[^<]*<", "><", html),
+        without_pictures.partition("<body>")[0] + re.sub(r">[^<]*<", "><", without_pictures),
     )
     tags = Reader(html).tags
-    assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed", "base"}
-    assert not [attrs for _, attrs in tags if any(name.startswith("on") or name == "src" for name in attrs)]
+    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "embed", "base"}
+    assert not [attrs for _, attrs in tags if any(name.startswith("on") for name in attrs)]
+    loaded = [str(value) for _, attrs in tags for name, value in attrs.items() if name in ("src", "srcset")]
+    assert loaded and all(value.startswith("data:image/svg+xml;base64,") for value in loaded)
+    for picture in pictures(html):
+        addresses = set(re.findall(r"https?://[^\s\"<]*", picture))
+        assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, (
+            "names, not addresses"
+        )
+        assert not re.search(r"<script|<image|@import|@font-face", picture)
     links = {attrs["href"] for tag, attrs in tags if tag == "a"}
     assert {link for link in links if not str(link).startswith("#")} == {"results.json"}
 
@@ -202,9 +219,9 @@ def test_best_is_bold_and_the_original_never_is(results: Json, html: str) -> Non
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_missing_scores_are_dashes(write_run: WriteRun, missing: float | None) -> None:
     section, inputs = write_run(num_records=3, **SMALL)
-    updated = inputs[section["methods"][0]["evaluations"]["updated"]]
+    updated = inputs[section["updates"][0]["evaluations"]["updated"]]
     updated.result["protocols"]["generation"]["generality"] = missing
-    text = page.render(build(section["methods"], section["name"], section["seed"], inputs))
+    text = page.render(build(section, inputs))
     main = next(table for table in Reader(text).tables if table[0][0] == "Model")
     assert [cell.split()[0] for cell in main[2][1:]] == ["100.0", "–", "66.7", "0.0"]
     assert not re.search(r"\b(nan|NaN|None|null|undefined)\b", shown(text))
@@ -219,7 +236,7 @@ def test_what_models_say_is_escaped(make_results: MakeResults) -> None:
     )
     html = page.render(results)
     assert "<script>" not in html
-    assert "<img" not in html
+    assert "<img src=x" not in html
     assert "&lt;script&gt;alert(" in html
     assert "&lt;b&gt;Who&lt;/b&gt; &amp; 0?" in html
     Reader(html)
@@ -246,7 +263,7 @@ def test_summary_speaks_of_the_best_method_in_its_numbers(results: Json, html: s
 
 
 def test_figures_tell_those_who_cannot_see_them(results: Json, html: str) -> None:
-    figures = [attrs for tag, attrs in Reader(html).tags if tag == "svg" and attrs.get("role") == "img"]
+    figures = [attrs for tag, attrs in Reader(html).tags if tag == "img"]
     assert (
         len(figures) == 3 + 2 * 3 + 2 * 2 + 2
     )  # bars, curves, forget vectors (two methods share one; norm, relative norm), cost
@@ -256,8 +273,7 @@ def test_figures_tell_those_who_cannot_see_them(results: Json, html: str) -> Non
         if (row["method"], row["protocol"], row["state"]) == ("flearn_ft", "generation", "forgotten")
     )
     assert any(
-        f"forgotten: new answer {percent(row['new_answer'])}%" in str(attrs["aria-label"])
-        for attrs in figures
+        f"forgotten: new answer {percent(row['new_answer'])}%" in str(attrs["alt"]) for attrs in figures
     )
     tables = Reader(html).tags
     assert sum(tag == "table" for tag, _ in tables) == sum(tag == "caption" for tag, _ in tables)
@@ -265,9 +281,7 @@ def test_figures_tell_those_who_cannot_see_them(results: Json, html: str) -> Non
 
 def layer_pictures(html: str) -> list[str]:
     """What the pictures by layer tell those who cannot see them."""
-    labels = [
-        attrs["aria-label"] for tag, attrs in Reader(html).tags if tag == "svg" and attrs.get("role") == "img"
-    ]
+    labels = [attrs["alt"] for tag, attrs in Reader(html).tags if tag == "img"]
     return [label for label in labels if label is not None and "layer 0: " in label]
 
 
@@ -309,8 +323,8 @@ def test_survival_by_layer_where_rounding_took_something(write_run: WriteRun) ->
     section, inputs = write_run(
         num_records=3, methods=["flearn_lora", "flearn_lora_ft"], protocols=["generation"]
     )
-    inputs[section["methods"][1]["forget"]].result["layers"][3]["attention"]["projection"] = 0.812
-    html = page.render(build(section["methods"], section["name"], section["seed"], inputs))
+    inputs[section["updates"][1]["subtraction"]].result["layers"][3]["attention"]["projection"] = 0.812
+    html = page.render(build(section, inputs))
     assert KEPT_ALL not in html
     assert "What survives of it" in html
     whole, rounded, *norms = layer_pictures(html)
@@ -332,12 +346,19 @@ def test_nothing_is_said_of_layers_where_nothing_was_to_change(
     assert len(layer_pictures(html)) == 2
 
 
-def test_colours_are_the_pages_own(html: str) -> None:
-    pictures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert not re.search(
-        r"#[0-9a-f]{6}\b",
-        "".join(re.sub(r'(href|id)="[^"]*"|url\([^)]*\)', "", picture) for picture in pictures),
-    )
+def test_pictures_are_in_the_colours_of_their_page(html: str) -> None:
+    found = pictures(html)
+    media = re.findall(r'<source media="([^"]*)"', html)
+    assert set(media) == {"screen and (prefers-color-scheme: dark)"} and len(found) == 2 * len(media)
+    for start, palette in ((0, DARK), (1, LIGHT)):
+        own = {palette.ink, palette.muted, palette.rule, palette.page, *palette.hues.values()}
+        for picture in found[start::2]:
+            assert (
+                set(re.findall(r"#[0-9a-f]{6}\b", re.sub(r'(href|id)="[^"]*"|url\([^)]*\)', "", picture)))
+                <= own
+            )
+    for colour in (LIGHT.ink, DARK.ink, LIGHT.hues["blue"], DARK.hues["blue"]):
+        assert colour in html
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,10 @@ TOP = {
     *(
         "name",
         "seed",
+        "seeds",
         "methods",
         "rows",
+        "summary",
         "comparisons",
         "curves",
         "known",
@@ -72,8 +74,8 @@ def test_rows_are_the_contract(make_results: MakeResults) -> None:
 
 def test_scores_are_the_evaluations_own(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=20)
-    results = build(section["methods"], section["name"], section["seed"], inputs)
-    for method in section["methods"]:
+    results = build(section, inputs)
+    for method in section["updates"]:
         for row in (row for row in results["rows"] if row["method"] == method["method"]):
             scores = inputs[method["evaluations"][row["state"]]].result["protocols"][row["protocol"]]
             for metric in (
@@ -114,12 +116,13 @@ def test_known_and_unknown_facts_make_up_all(make_results: MakeResults) -> None:
 
 def test_stages_say_what_each_step_cost(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=5)
-    stages = build(section["methods"], section["name"], section["seed"], inputs)["stages"]
+    stages = build(section, inputs)["stages"]
     assert [step["id"] for step in stages] == list(inputs)
     keys = {
         "id",
         "stage",
         "methods",
+        "seeds",
         "state",
         "seconds",
         "peak_memory_bytes",
@@ -138,11 +141,11 @@ def test_stages_say_what_each_step_cost(write_run: WriteRun) -> None:
 
 def test_layers_are_the_subtractions_own(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=5)
-    results = build(section["methods"], section["name"], section["seed"], inputs)
+    results = build(section, inputs)
     forgets = {
-        method["method"]: inputs[method["forget"]].result
-        for method in section["methods"]
-        if method["forget"] is not None
+        method["method"]: inputs[method["subtraction"]].result
+        for method in section["updates"]
+        if method["subtraction"] is not None
     }
     assert list(results["layers"]) == list(forgets) == ["flearn_ft", "flearn_lora", "flearn_lora_ft"]
     for method, facts in forgets.items():
@@ -165,8 +168,8 @@ def test_layers_are_the_subtractions_own(write_run: WriteRun) -> None:
 
 def test_a_block_that_was_not_fine_tuned_has_nulls(write_run: WriteRun) -> None:
     section, inputs = write_run(num_records=5, **SMALL)
-    del inputs[section["methods"][0]["forget"]].result["layers"][2]["mlp"]
-    layers = build(section["methods"], section["name"], section["seed"], inputs)["layers"]["flearn_ft"]
+    del inputs[section["updates"][0]["subtraction"]].result["layers"][2]["mlp"]
+    layers = build(section, inputs)["layers"]["flearn_ft"]
     assert layers[2]["mlp"] == dict.fromkeys(("delta_norm", "relative_norm", "share_changed", "projection"))
     assert layers[2]["attention"]["delta_norm"] == 1.1 + 0.1 * 2
 
@@ -184,8 +187,8 @@ def test_differences_are_paired_by_record() -> None:
     ours = Records({("token", "reliability"): [1.0, 0.0, 1.0, None], ("token", "leakage"): [0.0] * 4}, {})
     theirs = Records({("token", "reliability"): [0.0, 0.0, 1.0, 1.0], ("token", "leakage"): [0.0] * 4}, {})
     methods = [
-        {"method": "full_ft", "evaluations": {"original": "o", "updated": "a"}},
-        {"method": "flearn_ft", "evaluations": {"original": "o", "updated": "b"}},
+        {"method": "full_ft", "seed": 0, "evaluations": {"original": "o", "updated": "a"}},
+        {"method": "flearn_ft", "seed": 0, "evaluations": {"original": "o", "updated": "b"}},
     ]
     rows = compare(methods, {"o": theirs, "a": theirs, "b": ours})
     assert [(row["method"], row["against"], row["metric"]) for row in rows] == [
