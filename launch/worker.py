@@ -94,7 +94,7 @@ def _run_one(plan: Plan, step: Step, number: str, context: Context) -> int:
     except OSError as error:  # this node may not write where the one that submitted may
         return _report(error, folder, context)
     _log_to(handler, context)
-    log.info("%s %s %s", number, step.id, ", ".join(step.methods))
+    log.info("%s %s %s", number, step.id, step.users)
     error_file = folder.error(context.part)
     if context.is_main:
         error_file.unlink(missing_ok=True)

@@ -40,12 +40,12 @@ def _status(arguments: argparse.Namespace) -> int:
     for row in rows:
         seconds = f"{row['seconds']:8.1f} s" if row["seconds"] is not None else " " * 10
         columns = (f"{row['state']:<9}", f"{row['id']:<{width}}", f"{row['job'] or '':<{job_width}}", seconds)
-        print("  " + "  ".join([*columns, ", ".join(row["methods"]) or "all methods", row["note"]]).rstrip())
+        print("  " + "  ".join([*columns, plan.steps[row["id"]].users, row["note"]]).rstrip())
     return 0
 
 
 def states(plan: Plan) -> list[Row]:
-    """For each step: id, methods, state, job, seconds, and a note.
+    """For each step: id, methods, seeds, state, job, seconds, and a note.
 
     The state is done | running | queued | failed | cancelled | stopped | pending. `stopped` is a step that
     began and is not at work now, `cancelled` one whose job was: the same `flearn run` goes on with both.
@@ -83,7 +83,7 @@ def _state(plan: Plan, step: Step, job: str | None, found: JobState | None, aliv
     what is left of one that ended.
     """
     artifact = plan.artifact(step)
-    row: Row = {"id": step.id, "methods": step.methods, "state": "pending"}
+    row: Row = {"id": step.id, "methods": step.methods, "seeds": step.seeds, "state": "pending"}
     row |= {"job": job, "seconds": None, "note": ""}
     if artifact.is_complete:
         finished = artifact.manifest["finished"]
