@@ -19,7 +19,6 @@ from pipeline.plan import Plan, Step
 
 Row = dict[str, Any]
 _SRUN = re.compile(r"^srun: error: (\S+): tasks? (\S+): (.*)$", flags=re.MULTILINE)
-_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +88,7 @@ def _state(plan: Plan, step: Step, job: str | None, found: JobState | None, aliv
         finished = artifact.manifest["finished"]
         return row | {"state": "done", "seconds": artifact.manifest["seconds"], "finished": finished}
     if found is not None and found.state in scheduler.ACTIVE:
-        if found.state in _RUNNING:
+        if found.state in scheduler.AT_WORK:
             return row | {"state": "running", "note": progress(artifact.folder)}
         return row | {"state": "queued", "note": _waiting(found)}
     began = artifact.folder.is_dir()

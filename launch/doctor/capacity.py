@@ -61,7 +61,8 @@ def measure_flops() -> dict[str, float]:
     """Floating-point operations a second in a large matrix product of each precision: of one GPU, or of all
     cores of this process.
 
-    They differ widely: GPUs are many times faster in bf16, CPUs without instructions for it many times slower.
+    They differ widely: GPUs are many times faster in bf16, CPUs without instructions for it many times
+    slower.
     """
     import torch
 

@@ -1,6 +1,4 @@
-"""What a SLURM cluster has and lacks, for `flearn doctor --on slurm`: a table of checks, most of them of a
-probe job's reports.
-"""
+"""What a SLURM cluster has and lacks: what SLURM says, and what a probe job's ranks report."""
 
 from __future__ import annotations
 
@@ -30,20 +28,16 @@ _JOBS: dict[JobShape, str] = {
 
 
 def rows(cluster: Cluster, inputs: tuple[Path, ...]) -> Generator[Row, None, Capacity | None]:
-    """Every check, in the order they are shown; `inputs` are files that the nodes must see. Submits one small
-    job.
+    """Every check, in the order they are shown; submits one small job. `inputs` are files that the nodes must
+    see.
 
     Returns what the nodes have, for a forecast, or None if that did not become known.
     """
     try:
         scheduler.require_controller()
     except InputError as error:
-        yield Row(
-            "SLURM",
-            "fail",
-            str(error),
-            "start this on a login node; if it is one, the site's administrators know more",
-        )
+        advice = "start this on a login node; if it is one, the site's administrators know more"
+        yield Row("SLURM", "fail", str(error), advice)
         return None
     site = load_site(cluster.site)
     yield from controller_rows(scheduler.settings())
@@ -60,9 +54,8 @@ def rows(cluster: Cluster, inputs: tuple[Path, ...]) -> Generator[Row, None, Cap
 
 def controller_rows(settings: dict[str, str]) -> Iterator[Row]:
     """What the controller's configuration means for a run."""
-    yield Row(
-        "SLURM", "ok", f"{settings.get('SLURM_VERSION', '?')}, cluster {settings.get('ClusterName', '?')}"
-    )
+    version, name = settings.get("SLURM_VERSION", "?"), settings.get("ClusterName", "?")
+    yield Row("SLURM", "ok", f"{version}, cluster {name}")
     storage = settings.get("AccountingStorageType", "")
     if storage.endswith("/slurmdbd") and shutil.which("sacct"):
         yield Row("accounting", "ok", storage)
@@ -72,32 +65,27 @@ def controller_rows(settings: dict[str, str]) -> Iterator[Row]:
         yield Row("accounting", "warn", f"none ({storage or 'unknown'})", advice)
     mode = settings.get("PreemptMode", "OFF")
     if "CANCEL" in mode:
-        yield Row(
-            "preemption",
-            "warn",
-            mode,
-            "a preempted job is cancelled: run the same command again, and it goes on",
-        )
+        advice = "a preempted job is cancelled: run the same command again, and it goes on"
+        yield Row("preemption", "warn", mode, advice)
+    elif mode == "OFF":
+        yield Row("preemption", "ok", "none")
     else:
-        told = (
-            ", after a job's own warning"
-            if "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
-            else ""
-        )
-        yield Row("preemption", "ok", "none" if mode == "OFF" else f"{mode}{told}")
+        warns = "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
+        yield Row("preemption", "ok", f"{mode}, after a job's own warning" if warns else mode)
 
 
 def job_rows(cluster: Cluster, site: Site) -> Iterator[Row]:
     """Whether SLURM would take each shape of job that a run submits: partition, account, qos, nodes, GPUs,
-    memory.
+    memory. What is said of one shape is not said again of another.
     """
     told = set()
+    file = cluster.site or "the site file (a copy of slurm/sites/example.yaml, --set cluster.site=...)"
+    advice = f"change {file}, or cluster.ranks and cluster.nodes"
+    runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     for job, name in _JOBS.items():
         parameters = place.parameters(job, cluster, site)
         parts = cluster.forget_parts if job == "parts" else 1
-        executor = chain.executor(
-            Path(cluster.runs_dir).expanduser().absolute(), site, job_name="flearn:doctor", **parameters
-        )
+        executor = chain.executor(runs_dir, site, job_name="flearn:doctor", **parameters)
         with chain.own_environment():
             objection = scheduler.objection(chain.script(executor, parts))
         shape = _shape(parameters, parts)
@@ -105,23 +93,16 @@ def job_rows(cluster: Cluster, site: Site) -> Iterator[Row]:
             yield Row(f"{name} jobs", "ok", f"{shape}: accepted")
         elif objection not in told:
             told.add(objection)
-            file = (
-                cluster.site or "the site file (a copy of slurm/sites/example.yaml, --set cluster.site=...)"
-            )
-            yield Row(
-                f"{name} jobs",
-                "fail",
-                f"{shape}: {objection}",
-                f"change {file}, or cluster.ranks and cluster.nodes",
-            )
+            yield Row(f"{name} jobs", "fail", f"{shape}: {objection}", advice)
 
 
 def _shape(parameters: dict[str, Any], parts: int) -> str:
     nodes, tasks = parameters["nodes"], parameters["ntasks_per_node"]
-    each = f"{tasks} task{'s' * (tasks > 1)}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
-    return f"{each} in {parameters.get('partition', 'the default partition')}" + (
-        f", {parts} such" if parts > 1 else ""
-    )
+    shape = f"{tasks} task{'s' * (tasks > 1)}"
+    if nodes > 1:
+        shape += f" on each of {nodes} nodes"
+    shape += f" in {parameters.get('partition', 'the default partition')}"
+    return shape + f", {parts} such" if parts > 1 else shape
 
 
 def judge(probed: Probed) -> Iterator[Row]:
@@ -157,48 +138,50 @@ def _job(probed: Probed) -> Row:
     reports, ranks = probed.reports, probed.cluster.ranks
     if len(reports) == ranks and all(report.joined for report in reports):
         over = "NCCL" if reports[0].device != "cpu" else "gloo, on CPUs"
-        return Row(
-            "probe job",
-            "ok",
-            f"job {probed.job}: {ranks} rank{'s' * (ranks > 1)} on {probed.hosts} joined over {over}",
-        )
-    detail = f"job {probed.job}: {probed.state}; {len(reports)} of {ranks} ranks started ({probed.hosts or 'none'})"
-    detail += f"; it said: {said}" if (said := complaint(probed.folder)) else ""
+        detail = f"job {probed.job}: {ranks} rank{'s' * (ranks > 1)} on {probed.hosts} joined over {over}"
+        return Row("probe job", "ok", detail)
+    detail = f"job {probed.job}: {probed.state};"
+    detail += f" {len(reports)} of {ranks} ranks started ({probed.hosts or 'none'})"
+    if said := complaint(probed.folder):
+        detail += f"; it said: {said}"
     if len(reports) < ranks:
-        advice = f"see {probed.folder}; a node that does not see this folder cannot start: set cluster.runs_dir to one that all nodes see"
+        advice = (
+            f"see {probed.folder}; a node that does not see this folder cannot start:"
+            " set cluster.runs_dir to one that all nodes see"
+        )
     else:
-        advice = "ranks need ports 20000-32000 between nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use"
+        advice = (
+            "ranks need ports 20000-32000 between nodes;"
+            " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use"
+        )
     return Row("probe job", "fail", detail, advice)
 
 
 def complaint(folder: Path) -> str:
     """What the job's tasks wrote first about an error, else what srun did; empty for nothing."""
-    lines = [
-        line
-        for path in sorted(folder.glob("*_log.err"))
-        for line in path.read_text(errors="replace").splitlines()
-        if line.strip()
-    ]
-    own = [
-        line
-        for line in lines
-        if ("rror: " in line and not line.startswith("srun:") and "*** " not in line)
-        or line.startswith("flearn:")
-    ]
-    return (own or lines or [""])[0].strip()[:200]
+    first = ""
+    for path in sorted(folder.glob("*_log.err")):
+        for line in path.read_text(errors="replace").splitlines():
+            if line.startswith("flearn:") or _is_an_error_of_a_task(line):
+                return line.strip()[:200]
+            first = first or line.strip()
+    return first[:200]
+
+
+def _is_an_error_of_a_task(line: str) -> bool:
+    """A Python error, not srun's report of it, nor a line between asterisks about the job's end."""
+    return "rror: " in line and not line.startswith("srun:") and "*** " not in line
 
 
 def _shared_folder(probed: Probed) -> Row:
+    runs_dir = probed.folder.parent
     apart = [report for report in probed.reports if report.num_seen < probed.cluster.ranks]
     if apart:
-        detail = f"{apart[0].host} does not see in {probed.folder.parent} what the others wrote there"
-        return Row(
-            "shared folder", "fail", detail, "set cluster.runs_dir to a folder that is the same on all nodes"
-        )
+        detail = f"{apart[0].host} does not see in {runs_dir} what the others wrote there"
+        advice = "set cluster.runs_dir to a folder that is the same on all nodes"
+        return Row("shared folder", "fail", detail, advice)
     free = min(report.disk_bytes for report in probed.reports) / _GIB
-    return Row(
-        "shared folder", "ok", f"{probed.folder.parent} is the same on {probed.hosts}, {free:.1f} GiB free"
-    )
+    return Row("shared folder", "ok", f"{runs_dir} is the same on {probed.hosts}, {free:.1f} GiB free")
 
 
 def _inputs(probed: Probed) -> Row:
@@ -211,31 +194,19 @@ def _inputs(probed: Probed) -> Row:
 
 def _versions(probed: Probed) -> Row:
     here = machine.versions()
-    there = [
-        (name, version, report.host) for report in probed.reports for name, version in report.versions.items()
-    ]
-    absent = sorted({f"{name} on {host}" for name, version, host in there if version is None})
+    absent, differ = set(), set()
+    for report in probed.reports:
+        for name, version in report.versions.items():
+            if version is None:
+                absent.add(f"{name} on {report.host}")
+            elif version != here[name]:
+                differ.add(f"{name} {version} on {report.host} (here: {here[name]})")
     if absent:
-        return Row(
-            "packages",
-            "fail",
-            f"not installed: {', '.join(absent)}",
-            "install flearn for the site's `python`, or in its image",
-        )
-    differ = sorted(
-        {
-            f"{name} {version} on {host} (here: {here[name]})"
-            for name, version, host in there
-            if here[name] != version
-        }
-    )
+        advice = "install flearn for the site's `python`, or in its image"
+        return Row("packages", "fail", f"not installed: {', '.join(sorted(absent))}", advice)
     if differ:
-        return Row(
-            "packages",
-            "warn",
-            "; ".join(differ),
-            "results of different versions may differ; all nodes should have the same",
-        )
+        advice = "results of different versions may differ; all nodes should have the same"
+        return Row("packages", "warn", "; ".join(sorted(differ)), advice)
     return Row("packages", "ok", "the nodes' versions are those of this environment")
 
 
@@ -243,7 +214,10 @@ def _signals(probed: Probed) -> Row:
     deaf = [report for report in probed.reports if not report.signalled]
     if deaf:
         ranks = ", ".join(f"{report.rank} on {report.host}" for report in deaf)
-        advice = "a job cannot save when told to: let the site's `python` or `setup` start it by exec; lower checkpoint_every_steps"
+        advice = (
+            "a job cannot save when told to: let the site's `python` or `setup` start it by exec;"
+            " lower checkpoint_every_steps"
+        )
         return Row("signals", "fail", f"SIGUSR2 did not reach rank {ranks}", advice)
     return Row("signals", "ok", "SIGUSR2 reached every rank")
 
@@ -252,56 +226,41 @@ def _cores(probed: Probed) -> Row:
     wanted = probed.site.cpus_per_rank
     report = min(probed.reports, key=lambda report: report.num_cores)
     if report.num_cores < wanted:
-        detail = (
-            f"rank {report.rank} on {report.host} may use {report.num_cores} of the {wanted} cores asked for"
-        )
-        return Row(
-            "cores", "warn", detail, "the site's srun_args: [--cpu-bind=none], or a smaller cpus_per_rank"
-        )
-    return Row(
-        "cores",
-        "ok",
-        f"{wanted} a rank; {report.host_bytes / _GIB:.1f} GiB of memory for the job on each node",
-    )
+        which = f"rank {report.rank} on {report.host}"
+        detail = f"{which} may use {report.num_cores} of the {wanted} cores asked for"
+        advice = "the site's srun_args: [--cpu-bind=none], or a smaller cpus_per_rank"
+        return Row("cores", "warn", detail, advice)
+    memory = f"{report.host_bytes / _GIB:.1f} GiB of memory for the job on each node"
+    return Row("cores", "ok", f"{wanted} a rank; {memory}")
 
 
 def _gpus(probed: Probed) -> Row:
     blind = [report for report in probed.reports if not report.gpus]
     if not blind:
         return _gpu_row(probed.reports)
-    asked, driver = probed.site.gpus, blind[0].driver
+    asked, host, driver = probed.site.gpus, blind[0].host, blind[0].driver
     if asked is not None:
-        detail = (
-            f"asked for by {asked}, but torch sees none on {blind[0].host} (driver: {driver or 'not loaded'})"
+        detail = f"asked for by {asked}, but torch sees none on {host} (driver: {driver or 'not loaded'})"
+        advice = (
+            "install the torch build for the driver's CUDA version; a container needs its GPU flag (--nv)"
         )
-        return Row(
-            "GPUs",
-            "fail",
-            detail,
-            "install the torch build for the driver's CUDA version; a container needs its GPU flag (--nv)",
-        )
+        return Row("GPUs", "fail", detail, advice)
     if driver is not None:
-        return Row(
-            "GPUs",
-            "warn",
-            f"{blind[0].host} has an NVIDIA driver ({driver}), but the job asks for no GPU",
-            "site file: gpus",
-        )
+        detail = f"{host} has an NVIDIA driver ({driver}), but the job asks for no GPU"
+        return Row("GPUs", "warn", detail, "site file: gpus")
     return Row("GPUs", "ok", "none asked for: everything runs on the CPU")
 
 
 def _gpu_row(reports: list[Report]) -> Row:
+    """Where every rank sees a GPU. Each sees those of its task, or all of its node."""
     first = reports[0]
-    per_node = {
-        report.host: max(len(one.gpus) for one in reports if one.host == report.host) for report in reports
-    }
-    found = ", ".join(f"{host}: {number} x {first.gpus[0]}" for host, number in per_node.items())
-    detail = f"{found}, {min(min(one.gpu_bytes) for one in reports) / _GIB:.0f} GiB each, driver {first.driver}, NCCL {first.nccl}"
+    per_node: dict[str, int] = {}
+    for report in reports:
+        per_node[report.host] = max(per_node.get(report.host, 0), len(report.gpus))
+    detail = ", ".join(f"{host}: {number} x {first.gpus[0]}" for host, number in per_node.items())
+    least = min(number for report in reports for number in report.gpu_bytes) / _GIB
+    detail += f", {least:.0f} GiB each, driver {first.driver}, NCCL {first.nccl}"
     if len({(report.driver, report.nccl, *report.gpus[:1]) for report in reports}) > 1:
-        return Row(
-            "GPUs",
-            "warn",
-            detail,
-            "the nodes differ in GPU, driver or NCCL: name one kind in the site's gpu_type",
-        )
+        advice = "the nodes differ in GPU, driver or NCCL: name one kind in the site's gpu_type"
+        return Row("GPUs", "warn", detail, advice)
     return Row("GPUs", "ok", detail)

@@ -120,8 +120,8 @@ def _time_row(wants: list[Want], cluster: Cluster, capacity: Capacity) -> Row:
         return Row("time for this run", "ok", "not estimated: the speed of GPUs that are not here is unknown")
     seconds = sum(_seconds(want, cluster, capacity) for want in wants)
     detail = (
-        f"computes for about {duration(seconds)}, one step after another; to that come the start of each step,"
-        " and what it writes"
+        f"computes for about {duration(seconds)}, one step after another;"
+        " to that come the start of each step, and what it writes"
     )
     return Row("time for this run", "ok", detail)
 

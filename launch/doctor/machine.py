@@ -15,6 +15,20 @@ from typing import Literal, NamedTuple
 State = Literal["ok", "warn", "fail"]
 
 _CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+_NEEDED = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "pydantic",
+    "PyYAML",
+    "blake3",
+    "datasets",
+)
+"""Packages that a run uses: of the pinned ones, only these are compared."""
+_OLDEST_PYTHON = (3, 10)
 _GIB = 1 << 30
 
 
@@ -50,23 +64,17 @@ def rows(runs_dir: Path, ranks: int, devices: Devices) -> Iterator[Row]:
 
 def _python() -> Row:
     version = platform.python_version()
-    if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 10):
+    if tuple(map(int, platform.python_version_tuple()[:2])) < _OLDEST_PYTHON:
         return Row("python", "fail", version, "make the environment with Python 3.10 or newer")
     return Row("python", "ok", version)
 
 
 def packages(constraints: Path) -> Iterator[Row]:
-    """Versions against those the project is tested with (`name==version` lines); only the run's own packages
-    count.
-    """
+    """Versions against those the project is tested with, the `name==version` lines of `constraints`."""
     tested = _tested_versions(constraints)
     if not tested:
-        yield Row(
-            "packages",
-            "warn",
-            f"no {constraints.name} beside the program to compare with",
-            "run from a clone to compare versions",
-        )
+        detail = f"no {constraints.name} beside the program to compare with"
+        yield Row("packages", "warn", detail, "run from a clone to compare versions")
         return
     differ = []
     for name, version in tested.items():
@@ -76,40 +84,21 @@ def packages(constraints: Path) -> Iterator[Row]:
         elif found != version:
             differ.append(f"{name} {found} (tested: {version})")
     if differ:
-        yield Row(
-            "packages",
-            "warn",
-            "; ".join(differ),
-            f"if something fails: pip install -c {constraints.name} ...",
-        )
+        advice = f"if something fails: pip install -c {constraints.name} ..."
+        yield Row("packages", "warn", "; ".join(differ), advice)
     else:
         yield Row("packages", "ok", "installed ones are the tested versions")
-
-
-_NEEDED = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "peft",
-    "safetensors",
-    "tokenizers",
-    "pydantic",
-    "PyYAML",
-    "blake3",
-    "datasets",
-)
 
 
 def _tested_versions(constraints: Path) -> dict[str, str]:
     if not constraints.is_file():
         return {}
-    pinned = (
-        line.partition(";")[0].strip().split("==")
-        for line in constraints.read_text().splitlines()
-        if "==" in line
-    )
-    versions = dict(pinned)
-    return {name: versions[name] for name in _NEEDED if name in versions}
+    versions = {}
+    for line in constraints.read_text().splitlines():
+        name, is_pinned, version = line.partition(";")[0].partition("==")
+        if is_pinned and name.strip() in _NEEDED:
+            versions[name.strip()] = version.strip()
+    return versions
 
 
 def versions() -> dict[str, str | None]:
@@ -157,23 +146,22 @@ def device_row(devices: Devices, ranks: int) -> Row:
     """GPUs, or why there are none."""
     import torch
 
-    if devices.names:
-        found = f"{len(devices.names)} x {devices.names[0]}, {devices.memory_bytes[0] / _GIB:.0f} GiB each"
-        found += f", CUDA {torch.version.cuda}, driver {driver_version()}, NCCL {nccl_version()}"
-        if len(devices.names) < ranks:
-            return Row(
-                "devices",
-                "fail",
-                found,
-                f"cluster.ranks is {ranks}, one GPU each: set cluster.ranks={len(devices.names)}",
-            )
-        return Row("devices", "ok", found)
-    return no_gpu_row(driver_version(), Path("/dev/nvidiactl").exists(), torch.version.cuda)
+    if not devices.names:
+        return no_gpu_row(driver_version(), Path("/dev/nvidiactl").exists(), torch.version.cuda)
+    number = len(devices.names)
+    found = f"{number} x {devices.names[0]}, {devices.memory_bytes[0] / _GIB:.0f} GiB each"
+    found += f", CUDA {torch.version.cuda}, driver {driver_version()}, NCCL {nccl_version()}"
+    if number < ranks:
+        advice = f"cluster.ranks is {ranks}, one GPU each: set cluster.ranks={number}"
+        return Row("devices", "fail", found, advice)
+    return Row("devices", "ok", found)
 
 
 def no_gpu_row(driver: str | None, has_devices: bool, cuda: str | None) -> Row:
-    """Why torch, built for `cuda`, sees no GPU. A container sees its host's driver, but has GPUs' devices
-    only if it was given some.
+    """Why torch, built for `cuda`, sees no GPU.
+
+    A container sees its host's driver in any case, but GPUs' devices (`has_devices`) only if it was given
+    some.
     """
     if driver is None:
         return Row("devices", "ok", "no GPU: everything runs on the CPU, which suits tiny and small models")
@@ -182,47 +170,37 @@ def no_gpu_row(driver: str | None, has_devices: bool, cuda: str | None) -> Row:
         return Row("devices", "warn", found, "to use GPUs in a container: docker run --gpus all")
     what = "is built without CUDA" if cuda is None else f"(CUDA {cuda}) cannot use it"
     found = f"an NVIDIA driver ({driver}) is loaded, but torch {what}"
-    return Row(
-        "devices",
-        "fail",
-        found,
-        "install the torch build for the driver's CUDA version, or update the driver",
-    )
+    advice = "install the torch build for the driver's CUDA version, or update the driver"
+    return Row("devices", "fail", found, advice)
 
 
 def cores_row(num_cores: int, omp_threads: str | None, ranks: int) -> Row:
     """Whether the ranks' threads fit the cores; too many make a run several times slower."""
     found = f"{num_cores}, OMP_NUM_THREADS={omp_threads or 'not set (flearn run sets it)'}"
     if ranks > num_cores:
-        return Row(
-            "cores",
-            "warn",
-            found,
-            f"cluster.ranks is {ranks}: more processes than cores; set cluster.ranks={num_cores}",
-        )
+        advice = f"cluster.ranks is {ranks}: more processes than cores; set cluster.ranks={num_cores}"
+        return Row("cores", "warn", found, advice)
     if omp_threads is not None and omp_threads.isdigit() and int(omp_threads) * ranks > num_cores:
         fitting = max(1, num_cores // ranks)
-        return Row(
-            "cores",
-            "warn",
-            found,
-            f"{ranks} ranks would use {int(omp_threads) * ranks} threads; export OMP_NUM_THREADS={fitting}",
-        )
+        advice = f"{ranks} ranks would use {int(omp_threads) * ranks} threads"
+        return Row("cores", "warn", found, f"{advice}; export OMP_NUM_THREADS={fitting}")
     return Row("cores", "ok", found)
 
 
 def host_memory_bytes() -> int:
-    """Memory still free here: what the kernel says is available, or what the container's limit leaves, if
-    less.
-    """
+    """Memory still free here: what the kernel has available, or less, where a container's limit says so."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     root = Path("/sys/fs/cgroup")
-    for limit, used in (
+    limits = (  # of cgroups 2 and 1
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        if (root / limit).is_file() and (text := (root / limit).read_text().strip()).isdigit():
+    )
+    for limit, used in limits:
+        if not (root / limit).is_file():
+            continue
+        text = (root / limit).read_text().strip()
+        if text.isdigit():  # else "max"
             available = min(available, max(0, int(text) - int((root / used).read_text())))
     return available
 
@@ -244,32 +222,32 @@ def disk_row(runs_dir: Path) -> Row:
 def shared_memory_row(free: int, num_gpus: int) -> Row:
     """/dev/shm, through which NCCL moves data between the GPUs of one machine."""
     detail = f"{free / _GIB:.2f} GiB free in /dev/shm"
-    if num_gpus > 1 and free < _GIB:
-        return Row(
-            "shared memory", "warn", detail, "NCCL needs more: docker run --ipc=host, or --shm-size=8g"
-        )
+    if num_gpus > 1 and free < _GIB:  # docker gives a container 64 MiB
+        advice = "NCCL needs more: docker run --ipc=host, or --shm-size=8g"
+        return Row("shared memory", "warn", detail, advice)
     return Row("shared memory", "ok", detail)
 
 
 def _hub() -> Row:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return Row(
-            "model hub", "ok", "HF_HUB_OFFLINE is set: only models and data in the local cache are used"
-        )
+        detail = "HF_HUB_OFFLINE is set: only models and data in the local cache are used"
+        return Row("model hub", "ok", detail)
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").partition("://")[2].partition("/")[0]
     name, _, port = host.partition(":")
     try:
         with socket.create_connection((name, int(port or 443)), timeout=2):
             return Row("model hub", "ok", f"{host} answers")
     except OSError as error:
-        advice = "models and data must be local folders or in the cache: `flearn models fetch`, or `hf download` where there is a network"
+        advice = (
+            "models and data must be local folders or in the cache:"
+            " `flearn models fetch`, or `hf download` where there is a network"
+        )
         return Row("model hub", "warn", f"{host} cannot be reached ({error.strerror or error})", advice)
 
 
 def _compiler() -> Row:
-    compiler = os.environ.get("CXX") or next(
-        (name for name in ("c++", "g++", "clang++") if shutil.which(name)), None
-    )
+    installed = (name for name in ("c++", "g++", "clang++") if shutil.which(name))
+    compiler = os.environ.get("CXX") or next(installed, None)
     if compiler is None or shutil.which(compiler) is None:
         advice = "needed only for DeepSpeed's optional compiled ops: apt install g++"
         return Row("C++ compiler", "warn", f"{compiler} not found" if compiler else "none found", advice)
@@ -281,11 +259,7 @@ def _slurm() -> Row:
         return Row("SLURM", "ok", "not here")
     done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().rpartition("\n")[2]
-        return Row(
-            "SLURM",
-            "warn",
-            f"sbatch does not work here: {reason}",
-            "use --on here, or a login node of the cluster",
-        )
+        last = done.stderr.strip().rpartition("\n")[2]
+        detail = f"sbatch does not work here: {last}"
+        return Row("SLURM", "warn", detail, "use --on here, or a login node of the cluster")
     return Row("SLURM", "ok", done.stdout.strip())

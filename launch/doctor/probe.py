@@ -1,5 +1,4 @@
-"""What a cluster's nodes see and do: a small job in the shape of a fine-tuning's, each of whose ranks leaves
-a report.
+"""What a cluster's nodes see and do: a small job, shaped like a fine-tuning's, whose ranks leave reports.
 
 `flearn doctor --on slurm` submits it; `launch/doctor/cluster_check.py` judges the reports.
 """
@@ -70,8 +69,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Probe:
-    """A picklable callable for submitit: look around, join the other ranks, wait for a signal. `folder` takes
-    the reports.
+    """A picklable callable for submitit: look around, join the other ranks, wait for a signal.
+
+    Each rank writes its report to `folder` three times, with what it knows by then: of one that hangs or dies
+    in between the last report tells how far it came.
     """
 
     folder: Path
@@ -118,16 +119,17 @@ def look(rank: int, folder: Path, inputs: tuple[Path, ...]) -> Report:
 
 def _host_bytes() -> int:
     """Free memory, or the job's share of the node's, if that is less."""
-    mebibytes = int(os.environ.get("SLURM_MEM_PER_NODE", 0))
-    mebibytes = mebibytes or int(os.environ.get("SLURM_MEM_PER_CPU", 0)) * int(
-        os.environ.get("SLURM_CPUS_ON_NODE", 0)
+    per_node, per_cpu, cpus = (
+        int(os.environ.get(name, 0))
+        for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")
     )
+    mebibytes = per_node or per_cpu * cpus
     free = machine.host_memory_bytes()
     return min(free, mebibytes << 20) if mebibytes else free
 
 
 def _measure(report: Report, context: Context) -> None:
-    """Add up a one from each rank's device, over NCCL where there are GPUs; and the speed of one."""
+    """Whether the ranks' devices can add up ones (over NCCL, if GPUs), and how fast rank 0's is."""
     import torch
     import torch.distributed as dist
 
@@ -165,11 +167,10 @@ class Probed:
 
 @contextmanager
 def run(cluster: Cluster, site: Site, inputs: tuple[Path, ...]) -> Iterator[Probed]:
-    """Submit the probe, wait for its end, and hand out what was found; its folder is then deleted, unless the
-    job failed.
+    """Submit the probe, wait for its end, and yield what was found.
 
-    Raises InputError if SLURM refuses the job, or there is no folder to write in. An interruption cancels the
-    job, and leaves nothing.
+    Its folder is then deleted, unless the job failed. Raises InputError if SLURM refuses the job, or there is
+    no folder to write in. An interruption cancels the job, and leaves nothing.
     """
     runs_dir = Path(cluster.runs_dir).expanduser().absolute()
     folder = runs_dir / f".doctor-{os.uname().nodename}-{os.getpid()}"
@@ -177,17 +178,12 @@ def run(cluster: Cluster, site: Site, inputs: tuple[Path, ...]) -> Iterator[Prob
     try:
         folder.mkdir(parents=True)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(
-            f"cannot write in {runs_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours"
-        ) from None
+        message = f"cannot write in {runs_dir} ({error.strerror}): set cluster.runs_dir to a folder of yours"
+        raise InputError(message) from None
     probed, failed = Probed(cluster, site, folder), False
     try:
-        executor = chain.executor(
-            folder,
-            site,
-            job_name="flearn:doctor",
-            **place.parameters("ranks", cluster, site) | {"time": _MINUTES},
-        )
+        shape = place.parameters("ranks", cluster, site) | {"time": _MINUTES}
+        executor = chain.executor(folder, site, job_name="flearn:doctor", **shape)
         with chain.own_environment(), chain.refusals("the probe"):
             probed.job = executor.submit(Probe(folder, inputs)).job_id
         _follow(probed)
@@ -212,8 +208,11 @@ def _end(job: str) -> None:
 
 
 def _follow(probed: Probed) -> None:
-    """Wait for the job's end. Once all ranks have found each other it is sent the signal that ends it."""
-    told, asked, started = "", False, 0.0
+    """Wait for the job's end. Once all ranks have found each other it is sent the signal that ends it.
+
+    Gives up when the job has run for so long that its ranks will not find each other any more.
+    """
+    told, was_signalled, started = "", False, 0.0
     while True:
         state = scheduler.states([probed.job]).get(probed.job, JobState("COMPLETED"))
         probed.state, probed.reports = state.state, _read(probed.folder)
@@ -222,23 +221,22 @@ def _follow(probed: Probed) -> None:
         if state.state == "PENDING" and state.reason not in (told, "None"):
             told = state.reason
             print(f"flearn: job {probed.job} waits for its turn: {told}", file=sys.stderr, flush=True)
-        if (
-            len(probed.reports) == probed.cluster.ranks
-            and all(report.num_seen for report in probed.reports)
-            and not asked
-        ):
-            asked = scheduler.signal(probed.job)
+        have_met = [report.num_seen > 0 for report in probed.reports]
+        if len(have_met) == probed.cluster.ranks and all(have_met) and not was_signalled:
+            was_signalled = scheduler.signal(probed.job)
         if state.state == "RUNNING":
             started = started or time.monotonic()
             if time.monotonic() - started > _SECONDS_TO_JOIN:
                 break
         time.sleep(_POLL_SECONDS)
+    if probed.state == "COMPLETED":
+        _await_last_reports(probed)
+
+
+def _await_last_reports(probed: Probed) -> None:
+    """A shared folder may show the ranks' last reports some seconds after the job has ended."""
     deadline = time.monotonic() + _SECONDS_FOR_FILES
-    while (
-        probed.state == "COMPLETED"
-        and not all(report.signalled for report in probed.reports)
-        and time.monotonic() < deadline
-    ):
+    while not all(report.signalled for report in probed.reports) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
         probed.reports = _read(probed.folder)
 

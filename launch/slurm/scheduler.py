@@ -1,6 +1,4 @@
-"""What SLURM says of jobs, asking it for another turn, and cancelling: squeue, sacct for what squeue has
-forgotten, scontrol, scancel.
-"""
+"""SLURM's commands: what it says of jobs (squeue, sacct), another turn (scontrol requeue), scancel."""
 
 from __future__ import annotations
 
@@ -13,38 +11,27 @@ from typing import NamedTuple
 from pipeline.context import log
 from pipeline.errors import InputError
 
-ACTIVE = frozenset(
-    {
-        "PENDING",
-        "RUNNING",
-        "SUSPENDED",
-        "COMPLETING",
-        "CONFIGURING",
-        "REQUEUED",
-        "REQUEUE_HOLD",
-        "RESIZING",
-        "STOPPED",
-    }
-)
+AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING")
+ACTIVE = (*AT_WORK, "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
 """States that may still end well."""
 
 
 class JobState(NamedTuple):
-    """`state` is SLURM's word, such as RUNNING, FAILED or OUT_OF_MEMORY; `reason` says why a job waits, where
-    it does.
-    """
+    """A job as SLURM sees it."""
 
     state: str
+    """SLURM's word, such as RUNNING, FAILED or OUT_OF_MEMORY."""
     reason: str = ""
+    """Why a job waits, where it does."""
 
     @property
     def is_active(self) -> bool:
+        """Whether it may still end well."""
         return self.state in ACTIVE and self.reason != "DependencyNeverSatisfied"
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """Each job's state; jobs that SLURM has forgotten are left out. Of an array's tasks the one that matters
-    most counts.
+    """Each job's state, of an array the state that matters most; jobs that SLURM has forgotten are left out.
 
     The controller is asked first: the accounting hears of a submission late, and calls a job NODE_FAIL for a
     moment before it is queued again.
@@ -60,6 +47,7 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
 
 
 def _read(done: subprocess.CompletedProcess[str], found: dict[str, JobState]) -> None:
+    """Add what `states`' commands printed: a line `job|state[|reason]` for each job or task of an array."""
     if "Invalid job id" not in done.stderr and done.returncode and "squeue" in done.args[0]:
         raise InputError(f"squeue failed: {' '.join(done.stderr.split())}")
     for line in done.stdout.splitlines():
@@ -69,14 +57,14 @@ def _read(done: subprocess.CompletedProcess[str], found: dict[str, JobState]) ->
 
 
 def _worse(one: JobState | None, other: JobState) -> JobState:
-    """Of an array: a task that can still work, before one that has failed, before those that are done."""
-    if one is None:
-        return other
-    return max(
-        one,
-        other,
-        key=lambda job: 2 + (job.state != "PENDING") if job.state in ACTIVE else job.state != "COMPLETED",
-    )
+    return other if one is None else max(one, other, key=_weight)
+
+
+def _weight(job: JobState) -> int:
+    """In an array: at work, before waiting, before failed, before done."""
+    if job.state in ACTIVE:
+        return 3 if job.state != "PENDING" else 2
+    return 1 if job.state != "COMPLETED" else 0
 
 
 def require_controller() -> None:
@@ -90,15 +78,17 @@ def require_controller() -> None:
 
 
 def come_back() -> str | None:
-    """Put the job that this process is a task of back into the queue, under its own id: what depends on it
-    keeps waiting.
+    """Put this process's job back into the queue under its own id, so that what depends on it keeps waiting.
 
-    A job that is no longer meant to run (cancelled, timed out, or being requeued by SLURM itself) is left
-    alone: a cancelled job would come back. Returns why a job that was to come back cannot, else None.
+    Only a job that SLURM calls RUNNING: a cancelled one would come back, and SLURM may be requeueing it
+    itself. Returns why the job cannot come back, or None.
     """
     job_id = _own_job()
     if shutil.which("scontrol") is None:
-        return f"saved, but job {job_id} cannot queue itself again, for there is no scontrol in this container: run the same command again"
+        return (
+            f"saved, but job {job_id} cannot queue itself again, for there is no scontrol in this container:"
+            " run the same command again"
+        )
     try:
         asked = _run(["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"])
         if asked.returncode == 0 and asked.stdout.split() != ["RUNNING"]:
@@ -114,7 +104,7 @@ def come_back() -> str | None:
 
 
 def _own_job() -> str:
-    """Of an array, this task alone: the number of one of its tasks is that of the whole array."""
+    """The id of this process's job. In an array SLURM_JOB_ID of one task is that of the whole array."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
@@ -149,10 +139,8 @@ def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]
     try:
         return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
-        raise InputError(
-            f"{command[0]}: not found: this machine has no SLURM; start it on a login node"
-        ) from None
+        message = f"{command[0]}: not found: this machine has no SLURM; start it on a login node"
+        raise InputError(message) from None
     except subprocess.TimeoutExpired:
-        raise InputError(
-            f"{command[0]} did not answer in 60 s: is SLURM's controller up? (scontrol ping)"
-        ) from None
+        message = f"{command[0]} did not answer in 60 s: is SLURM's controller up? (scontrol ping)"
+        raise InputError(message) from None

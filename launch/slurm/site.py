@@ -1,6 +1,4 @@
-"""What differs between SLURM clusters, in one YAML file: partition, account, how GPUs are asked for,
-containers, environment.
-"""
+"""What differs between SLURM clusters, in one YAML file: partition, GPUs, containers, environment."""
 
 from __future__ import annotations
 
@@ -41,16 +39,16 @@ class Site(Section):
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     """Further options of sbatch, by their long names."""
     kill_on_invalid_dependency: bool = True
-    """Whether a job whose predecessor failed is cancelled (some sites forbid the option: it then waits until
-    `flearn cancel`).
+    """Whether SLURM cancels a job whose predecessor failed. Some sites forbid the option: such a job then
+    waits until `flearn cancel`.
     """
 
     @model_validator(mode="after")
     def _leaves_time(self) -> Site:
         if self.minutes * 60 < self.warning_seconds + 180:
             raise ValueError(
-                f"minutes: {self.minutes} leaves a job no time to work: it is told to save {self.warning_seconds} s"
-                " (warning_seconds) before its limit, or a minute earlier"
+                f"minutes: {self.minutes} leaves a job no time to work: it is told to save"
+                f" {self.warning_seconds} s (warning_seconds) before its limit, or a minute earlier"
             )
         return self
 
