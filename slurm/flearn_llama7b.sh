@@ -6,8 +6,9 @@
 #SBATCH --time=30
 : "${SLURM_JOB_ID:?submit it with: sbatch slurm/flearn_llama7b.sh [CONFIG] [--set KEY=VALUE ...]}"
 
-# Submits an experiment's stages as a chain of jobs and says where to look. This job itself ends within seconds; it needs
-# one CPU, the shared folder it was submitted from, and the project's environment (.venv/, or flearn on the PATH).
+# Submits an experiment's stages as a chain of jobs, and says where to look.
+# This job itself ends within seconds. It needs one CPU, the shared folder that it was submitted from, and the
+# project's environment: .venv/, or flearn on the PATH.
 # What is particular to your cluster goes into one file: --set cluster.site=slurm/sites/<yours>.yaml
 set -euo pipefail
 

@@ -8,11 +8,12 @@
 #SBATCH --signal=USR2@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-: "${SLURM_JOB_ID:?submit it with: sbatch [--gres=gpu:4 ...] slurm/single_allocation.sh [CONFIG] [--set KEY=VALUE ...]}"
+: "${SLURM_JOB_ID:?submit it with: sbatch [OPTION ...] slurm/single_allocation.sh [CONFIG] [OPTION ...]}"
 
-# The whole run inside one allocation, for sites with long queues: every task of the allocation is a rank, and the stages
-# run one after another. Told of its time limit, `flearn run` saves, and asks for another turn; the same command also goes on by hand.
-# How many GPUs, which partition: options of sbatch.
+# The whole run inside one allocation, for sites with long queues.
+# Every task of the allocation is a rank, and the stages run one after another. Told of its time limit,
+# `flearn run` saves, and asks for another turn; where that is refused, submit the same command again.
+# How many GPUs, which partition: options of sbatch, such as --gres=gpu:4.
 set -euo pipefail
 
 [[ ${1:--} != -* ]] || set -- configs/llama2_7b_zsre.yaml "$@"

@@ -14,9 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "slurm/dev/cluster.sh"
 _PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd")
-MISSING = [
-    name for name in _PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None
-]
+_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+MISSING = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
 
 
 @contextmanager
@@ -26,10 +25,11 @@ def dev_cluster() -> Iterator[dict[str, str]]:
     env = os.environ | {
         "FLEARN_SLURM_DIR": str(folder),
         "FLEARN_SLURM_PORT": str(free_ports(6)),
+        "SLURM_CONF": str(folder / "etc/slurm.conf"),
+        "PATH": f"{Path(sys.executable).parent}:{_PATH}",
         "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
     }
-    env |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}:/usr/sbin:/sbin"}
-    env |= {"SLURM_CONF": str(folder / "etc/slurm.conf")}
     try:
         subprocess.run([str(CLUSTER), "up"], env=env, check=True, timeout=180, stdout=subprocess.DEVNULL)
         yield env
@@ -38,8 +38,9 @@ def dev_cluster() -> Iterator[dict[str, str]]:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below those by which a job's ranks meet
-    (see `launch/slurm/job.py`).
+    """The first of `count` ports in a row that nobody listens on.
+
+    They lie below 20000: from there on, the ranks of jobs meet (`launch/slurm/job.py`).
     """
     for first in range(11000 + os.getpid() % 4000, 20000 - count, count):
         try:

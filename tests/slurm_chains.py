@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 from dev_cluster import MISSING, ROOT
+
+from launch.run_folder import RunFolder
 
 needs_slurm = [
     pytest.mark.slow,
@@ -98,31 +99,22 @@ def learned(run_dir: Path) -> bytes:
 
 def digests(run_dir: Path) -> dict[str, dict[str, str]]:
     """By subtraction, those of its tensors."""
-    made = {
-        path.parts[-3]: json.loads(path.read_text()) for path in run_dir.glob("forget-*/model/manifest.json")
-    }
-    return {
-        step: {name: tensor["blake3"] for name, tensor in manifest["tensors"].items()}
-        for step, manifest in made.items()
-    }
+    found = {}
+    for path in run_dir.glob("forget-*/model/manifest.json"):
+        tensors = json.loads(path.read_text())["tensors"]
+        found[path.parts[-3]] = {name: tensor["blake3"] for name, tensor in tensors.items()}
+    return found
 
 
 def in_queue(run_dir: Path) -> str:
     """Jobs of this run that SLURM has not ended."""
-    ids = (
-        re.findall(r"\d+", (run_dir / "jobs.json").read_text().partition("{")[2])
-        if (run_dir / "jobs.json").exists()
-        else []
-    )
-    return "".join(
-        line
-        for line in slurm("squeue", "--noheader", "--format=%F %T").splitlines()
-        if line.split()[0] in ids
-    )
+    ids = set(RunFolder(run_dir).jobs().values())
+    lines = slurm("squeue", "--noheader", "--format=%F %T").splitlines()
+    return "".join(line for line in lines if line.split()[0] in ids)
 
 
 def num_steps(runs: Path) -> int:
-    """That `learn` has done."""
+    """Optimizer steps that `learn` has done."""
     return sum(path.read_bytes().count(b"\n") for path in runs.glob("quickstart/learn-*/steps.jsonl"))
 
 
@@ -141,12 +133,9 @@ def find_process(wanted: set[bytes]) -> int:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             program, *arguments = (process / "cmdline").read_bytes().split(b"\0")
-            if (
-                b"python" in program
-                and b"submitit.core._submit" in arguments
-                and wanted <= set((process / "environ").read_bytes().split(b"\0"))
-            ):
+            is_of_a_job = b"python" in program and b"submitit.core._submit" in arguments
+            if is_of_a_job and wanted <= set((process / "environ").read_bytes().split(b"\0")):
                 return int(process.name)
-        except OSError:
+        except OSError:  # it has ended meanwhile
             continue
     return 0

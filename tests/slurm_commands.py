@@ -1,4 +1,4 @@
-"""SLURM's commands, which answer what those of `slurm/dev/` (SLURM 22.05.8) were recorded to answer."""
+"""Stand-ins for SLURM's commands: they say what those of SLURM 22.05.8 were recorded to say."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ class Recorded:
         for kind, text in (("stdout", stdout), ("stderr", stderr)):
             (self._folder / f"{name}.{kind}").write_text(text)
         here = f"{self._folder}/{name}"
-        script = (
-            f'#!/bin/sh\necho "$*" >>{here}.calls\ncat {here}.stdout\ncat {here}.stderr >&2\nexit {code}\n'
-        )
-        (self._folder / name).write_text(script)
+        lines = [f'echo "$*" >>{here}.calls', f"cat {here}.stdout", f"cat {here}.stderr >&2", f"exit {code}"]
+        (self._folder / name).write_text("\n".join(["#!/bin/sh", *lines, ""]))
         (self._folder / name).chmod(0o755)
 
     def calls(self, name: str) -> list[str]:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A real SLURM cluster on this one machine, for developers and CI: munged, slurmctld, slurmdbd with MariaDB, and two slurmd.
+# A real SLURM cluster on this one machine, for developers and CI: munged, slurmctld, slurmdbd with MariaDB,
+# and two slurmd.
 #
 #   slurm/dev/cluster.sh up        start what is not running, then: . $FLEARN_SLURM_DIR/env.sh
 #   slurm/dev/cluster.sh down      stop it; its state and logs stay
 #   slurm/dev/cluster.sh purge     stop it and delete its folder
 #
 # Debian/Ubuntu packages: slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core
-# Everything lies in one folder, and no system-wide file changes, but for one line in /etc/hosts: nodes' names must resolve.
+# Everything lies in one folder. One system-wide file changes: /etc/hosts gets the nodes' names.
 #
 #   FLEARN_SLURM_DIR    state, logs, configuration      (/tmp/flearn-slurm-$UID)
 #   FLEARN_SLURM_NODES  virtual nodes                   (2)
@@ -48,7 +49,7 @@ wait_for() { # NAME COMMAND...: until it succeeds, 30 s at most
     done
 }
 
-is_alive() { # PIDFILE COMMAND: the process is there, no zombie (a container's init may not reap it), nor another with its number
+is_alive() { # PIDFILE COMMAND: the process is there, and no zombie, nor another process with its number
     [[ $(cat "/proc/$(cat "$1" 2>/dev/null)/stat" 2>/dev/null) == *"($2"*") "[!ZX]" "* ]]
 }
 
@@ -63,7 +64,8 @@ slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-
 fill() { # TEMPLATE: to standard output, with @NAME@ replaced by the variable of that name
     local text name
     text=$(<"$1")
-    for name in DIR NODES CPUS MEM GPUS PORT USER HOST DBD_PORT SQL_PORT FIRST_NODE_PORT LAST_NODE_PORT MEM_PER_CPU; do
+    for name in DIR NODES CPUS MEM GPUS PORT USER HOST DBD_PORT SQL_PORT FIRST_NODE_PORT LAST_NODE_PORT \
+        MEM_PER_CPU; do
         text=${text//@$name@/${!name}}
     done
     printf '%s\n' "$text"
@@ -78,10 +80,12 @@ EOF
 
 # Job ids start from the clock whenever the state is new: ids used twice would find the results of other jobs.
 write_config() {
+    local first
     fill "$here/slurm.conf.in" >"$DIR/etc/slurm.conf.wanted"
     if ! cmp -s "$DIR/etc/slurm.conf.wanted" "$DIR/etc/slurm.conf.base"; then
         [ ! -f "$DIR/etc/slurm.conf" ] || { stop && rm -rf "$DIR"/state/* "$DIR"/spool/*; }
-        { cat "$DIR/etc/slurm.conf.wanted"; echo "FirstJobId=$(($(date +%s) % 60000000 + 1000))"; } >"$DIR/etc/slurm.conf"
+        first=$(($(date +%s) % 60000000 + 1000))
+        cat "$DIR/etc/slurm.conf.wanted" - >"$DIR/etc/slurm.conf" <<<"FirstJobId=$first"
         mv "$DIR/etc/slurm.conf.wanted" "$DIR/etc/slurm.conf.base"
     fi
     echo "CgroupAutomount=no" >"$DIR/etc/cgroup.conf"
@@ -95,21 +99,24 @@ make_gpus() {
     for ((i = 0; i < GPUS; i++)); do
         [ -c "$devices$i" ] || mknod -m 666 "$devices$i" c 1 3 2>/dev/null || devices=/dev/tty
     done
-    printf 'AutoDetect=off\nNodeName=n[1-%s] Name=gpu File=%s[0-%s]\n' "$NODES" "$devices" "$((GPUS - 1))" >"$DIR/etc/gres.conf"
+    printf 'AutoDetect=off\nNodeName=n[1-%s] Name=gpu File=%s[0-%s]\n' "$NODES" "$devices" "$((GPUS - 1))" \
+        >"$DIR/etc/gres.conf"
 }
 
 name_nodes() {
     local i missing=
     for ((i = 1; i <= NODES; i++)); do getent hosts "n$i" >/dev/null || missing+=" n$i"; done
-    [ -z "$missing" ] || echo "127.0.0.1$missing # flearn dev cluster" >>/etc/hosts || die "cannot add$missing to /etc/hosts"
+    [ -z "$missing" ] || echo "127.0.0.1$missing # flearn dev cluster" >>/etc/hosts ||
+        die "cannot add$missing to /etc/hosts"
 }
 
 start_munge() {
     ! is_alive "$DIR/run/munged.pid" munged || return 0
     [ -f "$DIR/etc/munge.key" ] || (umask 077 && head -c 128 /dev/urandom >"$DIR/etc/munge.key")
     # --force: munged otherwise refuses folders below /tmp, and running as root.
-    munged --force --key-file="$DIR/etc/munge.key" --socket="$DIR/run/munge.sock" --pid-file="$DIR/run/munged.pid" \
-        --log-file="$DIR/log/munged.log" --seed-file="$DIR/etc/munge.seed" 9>&- 2>>"$DIR/log/munged.err" || die "munged failed"
+    munged --force --key-file="$DIR/etc/munge.key" --socket="$DIR/run/munge.sock" \
+        --pid-file="$DIR/run/munged.pid" --log-file="$DIR/log/munged.log" --seed-file="$DIR/etc/munge.seed" \
+        9>&- 2>>"$DIR/log/munged.err" || die "munged failed"
     wait_for munged munge -n -S "$DIR/run/munge.sock"
 }
 
@@ -117,12 +124,13 @@ sql() { mariadb --no-defaults --socket="$DIR/run/mysql.sock" --user="$USER" "$@"
 
 start_database() {
     if ! is_alive "$DIR/run/mysqld.pid" mariadbd; then
-        [ -d "$DIR/mysql/mysql" ] || mariadb-install-db --no-defaults --user="$USER" --datadir="$DIR/mysql" --skip-test-db \
-            --auth-root-authentication-method=socket --auth-root-socket-user="$USER" >"$DIR/log/mysql-install.log" 2>&1 ||
-            die "mariadb-install-db failed"
+        [ -d "$DIR/mysql/mysql" ] || mariadb-install-db --no-defaults --user="$USER" --datadir="$DIR/mysql" \
+            --skip-test-db --auth-root-authentication-method=socket --auth-root-socket-user="$USER" \
+            >"$DIR/log/mysql-install.log" 2>&1 || die "mariadb-install-db failed"
         setsid mariadbd --no-defaults --user="$USER" --datadir="$DIR/mysql" --socket="$DIR/run/mysql.sock" \
-            --pid-file="$DIR/run/mysqld.pid" --bind-address=127.0.0.1 --port="$SQL_PORT" --innodb-buffer-pool-size=64M \
-            --innodb-flush-log-at-trx-commit=0 --performance-schema=OFF --skip-name-resolve \
+            --pid-file="$DIR/run/mysqld.pid" --bind-address=127.0.0.1 --port="$SQL_PORT" \
+            --innodb-buffer-pool-size=64M --innodb-flush-log-at-trx-commit=0 --performance-schema=OFF \
+            --skip-name-resolve \
             >"$DIR/log/mysqld.log" 2>&1 </dev/null 9>&- &
         disown
         wait_for MariaDB sql --execute 'select 1'
@@ -144,11 +152,13 @@ start_database() {
 
 start_slurm() {
     local i
-    is_alive "$DIR/run/slurmctld.pid" slurmctld || slurmctld -i 9>&- >>"$DIR/log/slurmctld.out" 2>&1 || die "slurmctld failed"
+    is_alive "$DIR/run/slurmctld.pid" slurmctld || slurmctld -i 9>&- >>"$DIR/log/slurmctld.out" 2>&1 ||
+        die "slurmctld failed"
     wait_for slurmctld sh -c 'scontrol ping | grep -q "is UP"'
     for ((i = 1; i <= NODES; i++)); do
         mkdir -p "$DIR/spool/n$i"
-        is_alive "$DIR/run/slurmd-n$i.pid" slurmd || slurmd -N "n$i" 9>&- >>"$DIR/log/slurmd-n$i.out" 2>&1 || die "slurmd n$i failed"
+        is_alive "$DIR/run/slurmd-n$i.pid" slurmd || slurmd -N "n$i" 9>&- >>"$DIR/log/slurmd-n$i.out" 2>&1 ||
+            die "slurmd n$i failed"
     done
     # Nodes that an earlier test left down or drained come back.
     sinfo --noheader --Node --states=down,drain,fail --format=%N | sort -u | while read -r node; do
@@ -158,7 +168,9 @@ start_slurm() {
 }
 
 nodes_are_up() {
-    [ "$(sinfo --noheader --Node --format='%N %t' | awk '$2 ~ /^(idle|mix|alloc|comp)$/ {print $1}' | sort -u | wc -l)" -ge "$NODES" ]
+    local up # a node is listed once for each of its partitions
+    up=$(sinfo --noheader --Node --format='%N %t' | awk '$2 ~ /^(idle|mix|alloc|comp)$/ {print $1}' | sort -u)
+    [ "$(wc -w <<<"$up")" -ge "$NODES" ]
 }
 
 start() {

@@ -37,7 +37,5 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """`undisturbed(2)`: the folder of the run with ZeRO-2, as processes of this machine; made when first
-    asked for.
-    """
+    """`undisturbed(2)`: the folder of a run here with ZeRO-2, made when it is first asked for."""
     return cache(lambda stage: run(tmp_path_factory.mktemp(f"here{stage}"), "here", *ZERO[stage]))

@@ -25,27 +25,24 @@ from slurm_chains import (
     wait_until,
 )
 
+from launch.run_folder import RunFolder
+
 pytestmark = needs_slurm
 
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory, command: Path) -> dict[int, Path]:
-    """The whole run by `sbatch slurm/flearn_llama7b.sh`, with ZeRO-2 and, side by side, ZeRO-3; each
-    forgetting in three parts.
+    """The whole run by `sbatch slurm/flearn_llama7b.sh`, with ZeRO-2 and ZeRO-3 side by side.
+
+    Each subtracts in three parts.
     """
     os.environ["PATH"] = f"{command}:{os.environ['PATH']}"
     found = {}
     for stage, deepspeed in ZERO.items():
         runs = tmp_path_factory.mktemp(f"zero{stage}")
-        arguments = settings(runs, *deepspeed, "cluster.forget_parts=3")
-        slurm(
-            "sbatch",
-            f"--chdir={ROOT}",
-            f"--output={runs}/submit.log",
-            str(ROOT / "slurm/flearn_llama7b.sh"),
-            "configs/quickstart.yaml",
-            *arguments,
-        )
+        arguments = ["configs/quickstart.yaml", *settings(runs, *deepspeed, "cluster.forget_parts=3")]
+        options = [f"--chdir={ROOT}", f"--output={runs}/submit.log"]
+        slurm("sbatch", *options, str(ROOT / "slurm/flearn_llama7b.sh"), *arguments)
         found[stage] = runs / "quickstart"
     return found
 
@@ -63,13 +60,8 @@ def test_the_chain_gives_the_figures_of_a_run_here(
     assert len(list(run_dir.glob("forget-*/part-?-of-3.json"))) == 3 * len(digests(run_dir))
     assert {row["state"] for row in status(run_dir).values()} == {"done"}
     assert "flearn status" in (run_dir.parent / "submit.log").read_text()
-    again = flearn(
-        "run",
-        "configs/quickstart.yaml",
-        "--on",
-        "slurm",
-        *settings(run_dir.parent, *ZERO[stage], "cluster.forget_parts=3"),
-    )
+    same = settings(run_dir.parent, *ZERO[stage], "cluster.forget_parts=3")
+    again = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *same)
     assert "nothing to submit" in again.stdout
 
 
@@ -106,27 +98,20 @@ def test_refused_is_one_line_and_leaves_nothing_in_the_queue(
     done = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *settings(tmp_path, *overrides))
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
-    wait_until(
-        lambda: set(slurm("squeue", "--noheader", "--format=%F").split()) <= set(before.split()),
-        "an empty queue",
-        30,
-    )
+    queue = ("squeue", "--noheader", "--format=%F")
+    wait_until(lambda: set(slurm(*queue).split()) <= set(before.split()), "an empty queue", 30)
 
 
 def test_a_sweep_shares_what_it_can(tmp_path: Path) -> None:
     methods = "methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]"
     run_dir = run(tmp_path, "slurm", methods, "forget.scale=0.1")
-    first = json.loads((run_dir / "jobs.json").read_text())
+    first = RunFolder(run_dir).jobs()
     run(tmp_path, "slurm", methods, "forget.scale=0.2")
-    after = json.loads((run_dir / "jobs.json").read_text())
+    after = RunFolder(run_dir).jobs()
     assert len(after) > 30
     assert {step: after[step] for step in first} == first
-    assert {step.rpartition("-")[0] for step in after.keys() - first.keys()} == {
-        "forget",
-        "learn",
-        "evaluate",
-        "report",
-    }
+    stages = {step.rpartition("-")[0] for step in after.keys() - first.keys()}
+    assert stages == {"forget", "learn", "evaluate", "report"}
     found = json.loads(flearn("status", str(run_dir), "--json").stdout)
     assert {row["id"] for row in found} == after.keys()
     assert flearn("cancel", str(run_dir)).returncode == 0

@@ -1,6 +1,4 @@
-"""`flearn doctor --on slurm`, `from launch import submit` and what a cluster refuses, on a real SLURM of two
-nodes.
-"""
+"""`flearn doctor --on slurm`, `from launch import submit`, and what a cluster of two nodes refuses."""
 
 from __future__ import annotations
 
@@ -17,18 +15,17 @@ from slurm_chains import needs_slurm, slurm
 
 pytestmark = needs_slurm
 
-SMALL = [
-    "facts.limit=12",
-    "methods=[flearn_ft]",
-    "model.tiny.num_layers=2",
-    "cluster.ranks=2",
-    "cluster.nodes=2",
-]
+TWO_NODES = ["cluster.ranks=2", "cluster.nodes=2"]
+SMALL = ["facts.limit=12", "methods=[flearn_ft]", "model.tiny.num_layers=2", *TWO_NODES]
 
 
-def flearn(command: str, *options: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
-    settings = [part for override in [*SMALL, *overrides] for part in ("--set", override)]
-    return slurm_chains.flearn(command, "configs/quickstart.yaml", "--on", "slurm", *options, *settings)
+def flearn(command: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return slurm_chains.flearn(*words(command, *SMALL, *overrides))
+
+
+def words(command: str, *overrides: str) -> list[str]:
+    settings = [part for override in overrides for part in ("--set", override)]
+    return [command, "configs/quickstart.yaml", "--on", "slurm", *settings]
 
 
 def queue() -> str:
@@ -50,7 +47,7 @@ def findings(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str
 
 
 def test_doctor_on_a_healthy_cluster(tmp_path: Path) -> None:
-    done = flearn("doctor", overrides=[f"cluster.runs_dir={tmp_path}", "cluster.forget_parts=3"])
+    done = flearn("doctor", f"cluster.runs_dir={tmp_path}", "cluster.forget_parts=3")
     assert done.returncode == 0, done.stdout + done.stderr
     found = findings(done)
     assert {state for state, _ in found.values()} == {"ok"}, done.stdout
@@ -73,11 +70,9 @@ def test_doctor_on_a_healthy_cluster(tmp_path: Path) -> None:
     ],
 )
 def test_doctor_names_what_is_wrong_with_a_site(tmp_path: Path, site: str, check: str, said: str) -> None:
-    (tmp_path / "site.yaml").write_text(site + "\n")
-    done = flearn(
-        "doctor",
-        overrides=[f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={tmp_path / 'site.yaml'}"],
-    )
+    site_file = tmp_path / "site.yaml"
+    site_file.write_text(site + "\n")
+    done = flearn("doctor", f"cluster.runs_dir={tmp_path / 'runs'}", f"cluster.site={site_file}")
     assert done.returncode == 1, done.stdout + done.stderr
     failed = {check: found for check, (state, found) in findings(done).items() if state == "fail"}
     assert failed.keys() == {check} and said in failed[check], done.stdout
@@ -86,26 +81,15 @@ def test_doctor_names_what_is_wrong_with_a_site(tmp_path: Path, site: str, check
 
 def test_an_interrupted_doctor_leaves_nothing(tmp_path: Path) -> None:
     runs_dir = tmp_path / "made" / "runs"
-    options = [
-        "--on",
-        "slurm",
-        "--set",
-        "cluster.ranks=2",
-        "--set",
-        "cluster.nodes=2",
-        "--set",
-        f"cluster.runs_dir={runs_dir}",
-    ]
-    command = [sys.executable, "-m", "launch", "doctor", "configs/quickstart.yaml", *options]
+    arguments = words("doctor", *TWO_NODES, f"cluster.runs_dir={runs_dir}")
     doctor = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "launch", *arguments],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # ignored where these tests run in the background
+        # A shell that runs these tests in the background has told them to ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not list(runs_dir.glob(".doctor-*/rank*.json")):
@@ -141,22 +125,19 @@ print(run.run_dir, *run.jobs)
 )
 def test_a_missing_folder_is_one_line(tmp_path: Path, override: str, said: str) -> None:
     for command in ("run", "doctor"):
-        done = flearn(command, overrides=[f"cluster.runs_dir={tmp_path}", override])
+        done = flearn(command, f"cluster.runs_dir={tmp_path}", override)
         assert done.returncode == 2 and is_empty(), done.stdout + done.stderr
-        assert (
-            done.stderr.startswith("flearn: ")
-            and done.stderr.count("\n") == 1
-            and said.removesuffix("/quickstart") in done.stderr
-        )
+        assert done.stderr.startswith("flearn: ") and done.stderr.count("\n") == 1
+        assert said.removesuffix("/quickstart") in done.stderr
 
 
 def test_an_unreachable_controller_is_one_line(tmp_path: Path) -> None:
     subprocess.run([str(CLUSTER), "down"], check=True, timeout=60)
     try:
-        done = flearn("run", overrides=[f"cluster.runs_dir={tmp_path}"])
+        done = flearn("run", f"cluster.runs_dir={tmp_path}")
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert done.stderr.startswith("flearn: SLURM's controller does not answer")
-        done = flearn("doctor", overrides=[f"cluster.runs_dir={tmp_path}"])
+        done = flearn("doctor", f"cluster.runs_dir={tmp_path}")
         assert done.returncode == 1 and findings(done)["SLURM"][0] == "fail"
     finally:
         subprocess.run([str(CLUSTER), "up"], check=True, timeout=60)

@@ -1,10 +1,7 @@
-"""Chains that are disturbed (requeued, preempted, warned, killed) end as undisturbed ones, or say what to
-do.
-"""
+"""Chains that are requeued, preempted, warned or killed end as undisturbed ones, or say what to do."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -33,6 +30,8 @@ from slurm_chains import (
     wait_until,
 )
 
+from launch.run_folder import RunFolder
+
 pytestmark = needs_slurm
 
 
@@ -52,20 +51,15 @@ class Disturbed:
 
     @property
     def job(self) -> str:
-        jobs: dict[str, str] = json.loads((self.run_dir / "jobs.json").read_text())
-        return next(job for step, job in jobs.items() if step.startswith("learn-"))
+        return job_of(self.run_dir, "learn")[1]
 
     def pid(self, **variables: str) -> int:
         """The process of this job's Python with these SLURM variables."""
-        wanted = {
-            f"{name}={value}".encode() for name, value in {"SLURM_JOB_ID": self.job, **variables}.items()
-        }
-        return find_process(wanted)
+        variables["SLURM_JOB_ID"] = self.job
+        return find_process({f"{name}={value}".encode() for name, value in variables.items()})
 
     def freeze(self) -> None:
-        """Hold all ranks until SLURM's warning wakes them: the training must not end before SLURM gets to
-        it.
-        """
+        """Hold all ranks until SLURM's warning wakes them: the training must not end before it comes."""
         for rank in (0, 1):
             os.kill(self.pid(SLURM_PROCID=str(rank)), signal.SIGSTOP)
 
@@ -78,18 +72,22 @@ class Disturbed:
         return int(found[1])
 
     def ends_as_undisturbed(self) -> None:
-        wait_until(
-            lambda: (self.run_dir / "results.json").exists(), f"{self.state()} {status_text(self.run_dir)}"
-        )
+        what = f"{self.state()} {status_text(self.run_dir)}"
+        wait_until(lambda: (self.run_dir / "results.json").exists(), what)
         assert figures(self.run_dir) == figures(self.reference)
         assert learned(self.run_dir) == learned(self.reference)
 
 
+def job_of(run_dir: Path, stage: str) -> tuple[str, str]:
+    """The only step of this stage that was submitted, and its job."""
+    jobs = RunFolder(run_dir).jobs()
+    return next((step, job) for step, job in jobs.items() if step.startswith(f"{stage}-"))
+
+
 @pytest.fixture
 def disturb(undisturbed: Callable[[int], Path], tmp_path: Path) -> Callable[..., Disturbed]:
-    return lambda *site: Disturbed(
-        undisturbed(2), tmp_path, tmp_path / "site.yaml", *(site or ("partition: debug",))
-    )
+    site = tmp_path / "site.yaml"
+    return lambda *lines: Disturbed(undisturbed(2), tmp_path, site, *(lines or ("partition: debug",)))
 
 
 def test_requeued_by_an_operator(disturb: Callable[..., Disturbed]) -> None:
@@ -110,9 +108,7 @@ def test_preempted_by_a_job_of_higher_priority(disturb: Callable[..., Disturbed]
 def test_time_limit(disturb: Callable[..., Disturbed]) -> None:
     chain = disturb()
     chain.freeze()
-    slurm(
-        "scontrol", "update", f"jobid={chain.job}", "timelimit=2"
-    )  # the job wants to hear of it two minutes before
+    slurm("scontrol", "update", f"jobid={chain.job}", "timelimit=2")  # minutes: the job is warned at once
     wait_until(lambda: chain.num_requeues() == 1, "its requeue")
     chain.ends_as_undisturbed()
 
@@ -129,14 +125,11 @@ def test_daemons_killed_and_restarted(disturb: Callable[..., Disturbed]) -> None
     run_folder = Path(os.environ["FLEARN_SLURM_DIR"]) / "run"
     for name in ("slurmd-n2", "slurmctld"):
         os.kill(int((run_folder / f"{name}.pid").read_text()), signal.SIGKILL)
-    refused = flearn(
-        "run", "configs/quickstart.yaml", "--on", "slurm", *settings(chain.runs, *chain.overrides)
-    )
+    arguments = settings(chain.runs, *chain.overrides)
+    refused = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *arguments)
     assert refused.returncode == 2
-    assert (
-        refused.stderr.startswith("flearn: SLURM's controller does not answer")
-        and refused.stderr.count("\n") == 1
-    )
+    assert refused.stderr.startswith("flearn: SLURM's controller does not answer")
+    assert refused.stderr.count("\n") == 1
     subprocess.run([str(CLUSTER), "up"], check=True, timeout=60)
     chain.ends_as_undisturbed()
 
@@ -147,9 +140,8 @@ def test_a_killed_rank_ends_its_step_and_the_same_command_goes_on(disturb: Calla
     wait_until(lambda: chain.state() == "FAILED", "the end of the job", 60)
     found = status(chain.run_dir)
     assert found["learn"]["state"] == "failed"
-    assert re.search(r"rank 1 on n\d: Killed \(see .*/jobs/\d+_0_log.err\)", found["learn"]["note"]), found[
-        "learn"
-    ]
+    note = found["learn"]["note"]
+    assert re.search(r"rank 1 on n\d: Killed \(see .*/jobs/\d+_0_log.err\)", note), note
     wait_until(lambda: status(chain.run_dir)["report"]["state"] == "cancelled", "the cancelled rest", 30)
     logs = flearn("logs", str(chain.run_dir), "learn").stdout
     assert "flearn: attempt 1 on n[1-2]" in logs and "Killed" in logs
@@ -161,14 +153,10 @@ def test_a_killed_rank_ends_its_step_and_the_same_command_goes_on(disturb: Calla
 def test_a_job_that_cannot_come_back_says_so_and_the_same_command_goes_on(
     disturb: Callable[..., Disturbed], without: str, tmp_path: Path
 ) -> None:
-    """Its step is kept; but SLURM refuses to queue the job again, or there is no scontrol where it runs, as
-    in most containers.
-    """
+    """SLURM refuses to queue the job again, or there is no scontrol where it runs, as in most containers."""
     if without == "permission":
-        chain, said = (
-            disturb(),
-            "could not be queued again: run the same command again (Requested operation is presently disabled",
-        )
+        chain = disturb()
+        said = "could not be queued again: run the same command again (Requested operation is presently dis"
         slurm("scontrol", "update", f"jobid={chain.job}", "requeue=0")
     else:
         (tmp_path / "bin").mkdir()
@@ -193,13 +181,10 @@ def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(
     copy_before("forget", undisturbed(2), run_dir)
     overrides = [*ZERO[2], "cluster.forget_parts=3"]
     run(tmp_path, "slurm", *overrides)
-    forget, job = next(
-        (step, job)
-        for step, job in json.loads((run_dir / "jobs.json").read_text()).items()
-        if step.startswith("forget-")
-    )
+    forget, job = job_of(run_dir, "forget")
 
     def part(index: int) -> int:
+        """Its process."""
         return find_process({f"SLURM_ARRAY_JOB_ID={job}".encode(), f"SLURM_ARRAY_TASK_ID={index}".encode()})
 
     os.kill(wait_until(lambda: part(1), "the second part"), signal.SIGKILL)
@@ -208,23 +193,18 @@ def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(
     wait_until(lambda: status(run_dir)["forget"]["state"] == "failed", "the end of all parts", 60)
     assert "Killed" in status(run_dir)["forget"]["note"]
     assert "Restarts=1" in slurm("scontrol", "show", "job", f"{job}_2")
-    assert sorted(path.name for path in (run_dir / forget).glob("part-*")) == [
-        "part-1-of-3.json",
-        "part-3-of-3.json",
-    ]
+    done = sorted(path.name for path in (run_dir / forget).glob("part-*"))
+    assert done == ["part-1-of-3.json", "part-3-of-3.json"]
     run(tmp_path, "slurm", *overrides)
-    again = json.loads((run_dir / "jobs.json").read_text())[forget]
+    again = job_of(run_dir, "forget")[1]
     assert again != job
     wait_until(lambda: (run_dir / "results.json").exists(), f"the end: {status_text(run_dir)}")
     assert figures(run_dir) == figures(undisturbed(2))
     assert digests(run_dir) == digests(undisturbed(2))
-    assert slurm("sacct", "--noheader", "--allocations", "--format=JobID", f"--jobs={again}").split() == [
-        again
-    ]
+    jobs = slurm("sacct", "--noheader", "--allocations", "--format=JobID", f"--jobs={again}")
+    assert jobs.split() == [again]  # no array: one part was left
 
 
 def is_listening(pid: int) -> bool:
-    """Whether a job's process hears signals, and is not yet at work: it imports torch after the first, which
-    takes seconds.
-    """
+    """Whether a job's process hears signals and is not yet at work: importing torch takes seconds."""
     return pid != 0 and "libtorch" in Path(f"/proc/{pid}/maps").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,26 +14,16 @@ pytestmark = needs_slurm
 
 
 @pytest.fixture
-def job(command: Path, undisturbed: Callable[[int], Path], tmp_path: Path) -> str:
+def job(
+    command: Path, undisturbed: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Its number, once its `learn` is at work."""
     copy_before("learn", undisturbed(2), tmp_path / "quickstart")
-    options = [
-        "--nodes=2",
-        "--ntasks-per-node=1",
-        "--cpus-per-task=1",
-        "--signal=USR2@120",
-        f"--output={tmp_path}/log",
-    ]
-    script = [
-        str(ROOT / "slurm/single_allocation.sh"),
-        "configs/quickstart.yaml",
-        *settings(tmp_path, *ZERO[2]),
-    ]
-    env = os.environ | {"PATH": f"{command}:{os.environ['PATH']}"}
-    started = ["sbatch", "--parsable", f"--chdir={ROOT}", *options, *script]
-    job = subprocess.run(
-        started, env=env, capture_output=True, text=True, check=True, timeout=60
-    ).stdout.strip()
+    shape = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--signal=USR2@120"]
+    options = ["--parsable", f"--chdir={ROOT}", f"--output={tmp_path}/log", *shape]
+    arguments = ["configs/quickstart.yaml", *settings(tmp_path, *ZERO[2])]
+    monkeypatch.setenv("PATH", f"{command}:{os.environ['PATH']}")
+    job = slurm("sbatch", *options, str(ROOT / "slurm/single_allocation.sh"), *arguments).strip()
     wait_until(lambda: num_steps(tmp_path) > 12, "some steps")
     return job
 
@@ -43,9 +32,8 @@ def test_a_warned_job_comes_back_and_ends_as_undisturbed(
     job: str, undisturbed: Callable[[int], Path], tmp_path: Path
 ) -> None:
     slurm("scancel", "--signal=USR2", job)
-    wait_until(
-        lambda: (tmp_path / "quickstart/results.json").exists(), f"the end: {(tmp_path / 'log').read_text()}"
-    )
+    what = f"the end: {(tmp_path / 'log').read_text()}"
+    wait_until(lambda: (tmp_path / "quickstart/results.json").exists(), what)
     assert "Restarts=1" in slurm("scontrol", "show", "job", job)
     assert figures(tmp_path / "quickstart") == figures(undisturbed(2))
 
@@ -53,9 +41,5 @@ def test_a_warned_job_comes_back_and_ends_as_undisturbed(
 def test_a_cancelled_job_stays_away(job: str) -> None:
     slurm("scancel", job)
     states = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
-    state = wait_until(
-        lambda: slurm(*states).strip() not in ("RUNNING", "COMPLETING") and slurm(*states).strip(),
-        "the job's end",
-        60,
-    )
-    assert state == "CANCELLED"
+    wait_until(lambda: slurm(*states).strip() not in ("RUNNING", "COMPLETING"), "the job's end", 60)
+    assert slurm(*states).strip() == "CANCELLED"

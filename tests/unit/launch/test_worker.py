@@ -1,4 +1,4 @@
-"""How a rank of a run ends on errors: its exit code, what it says, and what it leaves in the step's folder."""
+"""How a rank of a run ends on errors: its exit code, what it says, and what it leaves behind."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[4]
 
 
 def test_the_import_is_light() -> None:
-    code = "import sys; from launch import submit; print(submit.__name__, {'torch', 'submitit', 'numpy'} & sys.modules.keys())"
+    code = "import sys; from launch import submit; "
+    code += "print(submit.__name__, {'torch', 'submitit', 'numpy'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "submit set()"
 
