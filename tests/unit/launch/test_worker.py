@@ -19,6 +19,11 @@ from pipeline.errors import InputError
 from pipeline.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[3]
+THEIRS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT),
+)
+"""What whoever chose the path can mend."""
 
 
 def refusal(number: int) -> OSError:
@@ -48,11 +53,7 @@ def raising(error: Exception) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("work", "code"),
     [
-        *[
-            (raising(refusal(number)), MISTAKE)
-            for number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG)
-        ],
-        *[(raising(refusal(number)), MISTAKE) for number in (errno.ENOSPC, errno.EDQUOT)],
+        *[(raising(refusal(number)), MISTAKE) for number in THEIRS],
         (write_where_a_file_is, MISTAKE),
         *[
             (raising(refusal(number)), FAILED)
@@ -69,9 +70,7 @@ def test_a_ranks_step(
     work: Callable[[], None],
     code: int,
 ) -> None:
-    """Its libraries open files and start programs of their own, so the log says who was refused, whoever has
-    to mend it.
-    """
+    """Its libraries open files and start programs of their own: the log says who was refused."""
     monkeypatch.setattr(worker, "run_step", lambda *_: work())
     plan, step = one_step(tmp_path)
     assert worker.run_all(plan, [step], Context()) == code

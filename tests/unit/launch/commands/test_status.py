@@ -1,6 +1,4 @@
-"""`flearn status` on a run in SLURM's hands: manifests, files of the steps, and what SLURM says, joined into
-a state and a note.
-"""
+"""`flearn status`: a state and a note, from manifests, the steps' files, and what SLURM says."""
 
 from __future__ import annotations
 
@@ -46,9 +44,8 @@ EXITED = TWICE.replace("task 1: Killed", "task 1: Exited with exit code 2")
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """Of a run of which `facts` and `model` are done, and whose `teach` is job 55725718."""
-    made = make_plan(
-        config.load(ROOT / "configs/quickstart.yaml", [f"cluster.runs_dir={tmp_path}", "methods=[flearn_ft]"])
-    )
+    overrides = [f"cluster.runs_dir={tmp_path}", "methods=[flearn_ft]"]
+    made = make_plan(config.load(ROOT / "configs/quickstart.yaml", overrides))
     RunFolder(made.run_dir).submit_plan(made)
     for step in list(made.steps.values())[:2]:
         made.artifact(step).commit({"seconds": 1.5, "finished": "2026-11-26T20:00:00+00:00"})
@@ -62,9 +59,7 @@ def id_of(plan: Plan, stage: str) -> str:
 
 @pytest.fixture
 def teach(plan: Plan, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """The state and the note of `teach`, whose folder has these files, and whose job these files of standard
-    error (by task).
-    """
+    """The state and the note of `teach`: given the files in its folder, and its job's standard error."""
 
     def read(files: dict[str, Any] | None = None, stderr: dict[str, str] | None = None) -> tuple[str, str]:
         for name, content in (files or {}).items():
@@ -77,9 +72,8 @@ def teach(plan: Plan, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple
             path.write_text(content)
         (row,) = (row for row in rows(plan, capsys) if row["id"] == id_of(plan, "teach"))
         assert row["job"] == JOB and row["seconds"] is None
-        return row["state"], row["note"].replace(f"{plan.run_dir}/", "").replace(
-            id_of(plan, "teach"), "teach"
-        )
+        note = row["note"].replace(f"{plan.run_dir}/", "").replace(id_of(plan, "teach"), "teach")
+        return row["state"], note
 
     return read
 
@@ -97,6 +91,7 @@ ERROR = {
     "log": "rank1.log",
     "attempt": 1,
 }
+QUOTED = f"{ERROR['message']} (see teach/rank1.log)"
 NEVER = "an input failed: it will never start; run again, or flearn cancel"
 
 
@@ -107,21 +102,14 @@ NEVER = "an input failed: it will never start; run again, or flearn cancel"
         ("PENDING|Dependency", {}, ("queued", "")),
         ("PENDING|Resources", {}, ("queued", "Resources")),
         ("PENDING|DependencyNeverSatisfied", {}, ("queued", NEVER)),
-        (
-            "PENDING|BeginTime",
-            {"steps.jsonl": STEPS, "rank0.log": ""},
-            ("queued", "BeginTime"),
-        ),  # saved, and queued again
+        # Saved, and queued again.
+        ("PENDING|BeginTime", {"steps.jsonl": STEPS, "rank0.log": ""}, ("queued", "BeginTime")),
         ("RUNNING|None", {}, ("running", "")),
         ("RUNNING|None", {"steps.jsonl": STEPS}, ("running", "step 2, loss 3.2500")),
         ("RUNNING|None", {"steps.jsonl": STEPS[:-10]}, ("running", "")),  # its last line is being written
         ("RUNNING|None", {"error.json": ERROR}, ("running", "")),  # of the attempt before
         ("COMPLETING|NonZeroExitCode", {"steps.jsonl": STEPS}, ("running", "step 2, loss 3.2500")),
-        (
-            "FAILED|NonZeroExitCode",
-            {"error.json": ERROR},
-            ("failed", f"{ERROR['message']} (see teach/rank1.log)"),
-        ),
+        ("FAILED|NonZeroExitCode", {"error.json": ERROR}, ("failed", QUOTED)),
         ("OUT_OF_MEMORY|OutOfMemory", {"rank0.log": ""}, ("failed", "OUT_OF_MEMORY (see scontrol show job)")),
         ("CANCELLED|None", {"rank0.log": ""}, ("cancelled", "CANCELLED (see scontrol show job)")),
         ("COMPLETED|None", {"rank0.log": ""}, ("stopped", "")),
@@ -159,10 +147,7 @@ def test_a_rank_that_had_words_of_its_own_is_quoted(
 ) -> None:
     recorded.add("squeue", f"{JOB}|FAILED|NonZeroExitCode\n")
     said = {"error.json": ERROR | {"attempt": 2}}
-    assert teach(said, {f"{JOB}_0_log.err": EXITED}) == (
-        "failed",
-        f"{ERROR['message']} (see teach/rank1.log)",
-    )
+    assert teach(said, {f"{JOB}_0_log.err": EXITED}) == ("failed", QUOTED)
 
 
 def test_what_an_attempt_before_said_is_not_quoted(
@@ -179,10 +164,8 @@ def test_of_an_array_the_part_that_was_killed(
     recorded.add("squeue", f"{JOB}|COMPLETED|None\n{JOB}|FAILED|NonZeroExitCode\n{JOB}|COMPLETED|None\n")
     quiet, killed = f"{ATTEMPT}1 on n1\n", f"{ATTEMPT}1 on n1\nsrun: error: n1: task 0: Killed\n"
     logs = {f"{JOB}_0_0_log.err": quiet, f"{JOB}_1_0_log.err": killed, f"{JOB}_2_0_log.err": quiet}
-    assert teach({"part-1-of-3.json": {}}, logs) == (
-        "failed",
-        f"rank 0 on n1: Killed (see jobs/{JOB}_1_0_log.err)",
-    )
+    note = f"rank 0 on n1: Killed (see jobs/{JOB}_1_0_log.err)"
+    assert teach({"part-1-of-3.json": {}}, logs) == ("failed", note)
 
 
 def test_of_an_array_the_part_that_had_words_of_its_own(
@@ -191,14 +174,9 @@ def test_of_an_array_the_part_that_had_words_of_its_own(
     recorded.add("squeue", f"{JOB}|COMPLETED|None\n{JOB}|FAILED|NonZeroExitCode\n")
     failed = f"{ATTEMPT}1 on n1\nsrun: error: n1: task 0: Exited with exit code 2\n"
     logs = {f"{JOB}_0_0_log.err": f"{ATTEMPT}1 on n1\n", f"{JOB}_1_0_log.err": failed}
-    assert teach({"error-part-2.json": ERROR}, logs) == (
-        "failed",
-        f"{ERROR['message']} (see teach/rank1.log)",
-    )
-    assert teach({"error-part-2.json": ERROR | {"attempt": 0}}, logs) == (
-        "failed",
-        f"FAILED (see jobs/{JOB}_1_0_log.err)",
-    )
+    assert teach({"error-part-2.json": ERROR}, logs) == ("failed", QUOTED)
+    note = f"FAILED (see jobs/{JOB}_1_0_log.err)"
+    assert teach({"error-part-2.json": ERROR | {"attempt": 0}}, logs) == ("failed", note)
 
 
 def test_a_job_that_slurm_has_forgotten_is_asked_of_the_accounting(
@@ -216,10 +194,8 @@ def test_a_chain_behind_a_failed_step(
     tune_old, forget = id_of(plan, "tune_old"), id_of(plan, "forget")
     jobs = json.loads((plan.run_dir / "jobs.json").read_text())
     write_json(plan.run_dir / "jobs.json", jobs | {tune_old: "55725722", forget: "55725724"})
-    recorded.add(
-        "squeue",
-        f"55725722|CANCELLED|DependencyNeverSatisfied\n{JOB}|FAILED|NonZeroExitCode\n55725724|CANCELLED|DependencyNeverSatisfied\n",
-    )
+    never = "CANCELLED|DependencyNeverSatisfied"
+    recorded.add("squeue", f"55725722|{never}\n{JOB}|FAILED|NonZeroExitCode\n55725724|{never}\n")
     (plan.run_dir / id_of(plan, "teach")).mkdir()
     found = {row["id"]: row for row in rows(plan, capsys)}
     states = {id.rpartition("-")[0]: row["state"] for id, row in found.items()}

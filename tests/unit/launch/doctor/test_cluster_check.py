@@ -1,6 +1,4 @@
-"""`flearn doctor --on slurm`: what it makes of the reports that ranks leave, and of what SLURM's commands
-say.
-"""
+"""`flearn doctor --on slurm`: what it makes of ranks' reports, and of what SLURM's commands say."""
 
 from __future__ import annotations
 
@@ -17,6 +15,7 @@ from launch.slurm.site import Site
 from pipeline.config import Cluster
 
 GB = 10**9
+VERSIONS = machine.versions()
 GPUS = {
     "gpus": ["A100"] * 4,
     "gpu_bytes": [80 * GB] * 4,
@@ -36,7 +35,7 @@ def report(rank: int, **changes: object) -> Report:
         host_bytes=60 * GB,
         disk_bytes=500 * GB,
         missing=[],
-        versions=machine.versions(),
+        versions=VERSIONS,
         gpus=[],
         gpu_bytes=[],
         driver=None,
@@ -49,10 +48,13 @@ def report(rank: int, **changes: object) -> Report:
     return replace(healthy, **changes)  # type: ignore[arg-type]
 
 
+TWO_NODES = Cluster(ranks=2, nodes=2)
+
+
 def judged(
     folder: Path, *reports: Report, site: Site | None = None, state: str = "COMPLETED"
 ) -> dict[str, Row]:
-    probed = Probed(Cluster(ranks=2, nodes=2), site or Site(), folder / ".doctor", "7", state, list(reports))
+    probed = Probed(TWO_NODES, site or Site(), folder / ".doctor", "7", state, list(reports))
     return {row.check: row for row in cluster_check.judge(probed)}
 
 
@@ -68,13 +70,8 @@ def test_a_healthy_cluster(tmp_path: Path) -> None:
     [
         ({"num_seen": 1}, "shared folder", "fail", "n2 does not see in"),
         ({"missing": ["/data/zsre.json"]}, "inputs", "fail", "n2 does not see /data/zsre.json"),
-        (
-            {"versions": machine.versions() | {"deepspeed": None}},
-            "packages",
-            "fail",
-            "not installed: deepspeed on n2",
-        ),
-        ({"versions": machine.versions() | {"torch": "2.0.1"}}, "packages", "warn", "torch 2.0.1 on n2"),
+        ({"versions": VERSIONS | {"deepspeed": None}}, "packages", "fail", "not installed: deepspeed on n2"),
+        ({"versions": VERSIONS | {"torch": "2.0.1"}}, "packages", "warn", "torch 2.0.1 on n2"),
         ({"signalled": False}, "signals", "fail", "did not reach rank 1 on n2"),
         ({"num_cores": 1}, "cores", "warn", "rank 1 on n2 may use 1 of the 8"),
     ],
@@ -94,19 +91,19 @@ def test_ranks_that_do_not_find_each_other(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_did_not_start_and_what_it_said(tmp_path: Path) -> None:
+    of_srun = ["srun: error: n2: task 1: Exited with exit code 1", "slurmstepd-n1: error: *** STEP 7.0 ***"]
+    of_the_rank = [
+        "Traceback (most recent call last):",
+        "  ...",
+        "ModuleNotFoundError: No module named 'launch'",
+    ]
     (tmp_path / ".doctor").mkdir()
-    (tmp_path / ".doctor/7_0_log.err").write_text(
-        "srun: error: n2: task 1: Exited with exit code 1\nslurmstepd-n1: error: *** STEP 7.0 ***\n"
-    )
-    (tmp_path / ".doctor/7_1_log.err").write_text(
-        "Traceback (most recent call last):\n  ...\nModuleNotFoundError: No module named 'launch'\n"
-    )
+    (tmp_path / ".doctor/7_0_log.err").write_text("\n".join(of_srun))
+    (tmp_path / ".doctor/7_1_log.err").write_text("\n".join(of_the_rank))
     row = judged(tmp_path, report(0, joined=False), state="FAILED")["probe job"]
     assert row.state == "fail"
-    assert (
-        "FAILED; 1 of 2 ranks started (n1)" in row.detail
-        and "it said: ModuleNotFoundError: No module named 'launch'" in row.detail
-    )
+    assert "FAILED; 1 of 2 ranks started (n1)" in row.detail
+    assert "it said: ModuleNotFoundError: No module named 'launch'" in row.detail
 
 
 def test_gpus(tmp_path: Path) -> None:
@@ -123,7 +120,7 @@ def test_gpus(tmp_path: Path) -> None:
 
 def test_what_the_nodes_have_is_what_the_estimates_are_made_for(tmp_path: Path) -> None:
     reports = [report(0, **GPUS), report(1, **GPUS | {"gpu_bytes": [40 * GB], "flops": None})]
-    found = cluster_check.capacity(Probed(Cluster(ranks=2, nodes=2), Site(), tmp_path, reports=reports))
+    found = cluster_check.capacity(Probed(TWO_NODES, Site(), tmp_path, reports=reports))
     assert found is not None
     assert (found.device_bytes, found.host_bytes, found.flops) == (40 * GB, 60 * GB, {"bf16": 250e12})
 
@@ -131,18 +128,15 @@ def test_what_the_nodes_have_is_what_the_estimates_are_made_for(tmp_path: Path) 
 @pytest.mark.parametrize(("cores_seen", "flops"), [(2, 1e11), (8, 0.25e11)])
 def test_speed_is_of_one_ranks_own_cores(tmp_path: Path, cores_seen: int, flops: float) -> None:
     reports = [report(0, num_cores=cores_seen), report(1, num_cores=cores_seen)]
-    found = cluster_check.capacity(
-        Probed(Cluster(ranks=2, nodes=2), Site(cpus_per_rank=2), tmp_path, reports=reports)
-    )
+    found = cluster_check.capacity(Probed(TWO_NODES, Site(cpus_per_rank=2), tmp_path, reports=reports))
     assert found is not None and found.flops == {"bf16": flops}
     assert found.rate("bf16", 2) == 2 * found.rate("bf16", 1)
 
 
 def test_fewer_ranks_get_no_more_memory_where_each_asks_for_its_own(tmp_path: Path) -> None:
     def limits(site: Site) -> list[int]:
-        found = cluster_check.capacity(
-            Probed(Cluster(ranks=2), site, tmp_path, reports=[report(0), report(1)])
-        )
+        reports = [report(0), report(1)]
+        found = cluster_check.capacity(Probed(Cluster(ranks=2), site, tmp_path, reports=reports))
         assert found is not None
         return [found.limit(Cluster(ranks=ranks)) for ranks in (2, 1)]
 

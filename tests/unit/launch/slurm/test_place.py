@@ -17,28 +17,11 @@ TWO_NODES = Cluster(ranks=8, nodes=2)
 
 
 def test_a_fine_tuning_has_a_task_and_a_gpu_for_each_rank() -> None:
-    site = Site(
-        partition="gpu",
-        gpus="gres",
-        gpu_type="a100",
-        cpus_per_rank=6,
-        memory_per_rank="60GB",
-        account="lab",
-        qos="high",
-    )
+    asked = {"partition": "gpu", "account": "lab", "qos": "high"}
+    site = Site(gpus="gres", gpu_type="a100", cpus_per_rank=6, memory_per_rank="60GB", **asked)
     found = parameters("ranks", TWO_NODES, site)
-    assert {
-        name: found[name]
-        for name in ("nodes", "ntasks_per_node", "cpus_per_task", "mem", "partition", "account", "qos")
-    } == {
-        "nodes": 2,
-        "ntasks_per_node": 4,
-        "cpus_per_task": 6,
-        "mem": "240GB",
-        "partition": "gpu",
-        "account": "lab",
-        "qos": "high",
-    }
+    shape = {"nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 6, "mem": "240GB"}
+    assert found == found | asked | shape
     assert found["additional_parameters"] == {"requeue": True, "gres": "gpu:a100:4"}
     assert found["srun_args"] == ["--cpus-per-task=6", "--kill-on-bad-exit=1"]
 
@@ -47,9 +30,8 @@ def test_a_fine_tuning_has_a_task_and_a_gpu_for_each_rank() -> None:
     ("gpus", "option"), [("gpus-per-node", {"gpus-per-node": "4"}), ("gpus-per-task", {"gpus-per-task": "1"})]
 )
 def test_gpus_as_the_site_wants_them_asked_for(gpus: Any, option: dict[str, str]) -> None:
-    assert (
-        parameters("ranks", TWO_NODES, Site(gpus=gpus))["additional_parameters"] == {"requeue": True} | option
-    )
+    found = parameters("ranks", TWO_NODES, Site(gpus=gpus))
+    assert found["additional_parameters"] == {"requeue": True} | option
 
 
 def test_stages_that_use_a_gpu() -> None:
@@ -71,12 +53,9 @@ def test_an_evaluation_has_one_gpu() -> None:
 
 
 def test_a_sites_own_options_are_added() -> None:
-    found = parameters(
-        "ranks",
-        TWO_NODES,
-        Site(sbatch={"constraint": "a100", "exclusive": True}, srun_args=["--container-image=x"]),
-    )
-    assert found["additional_parameters"] == {"requeue": True, "constraint": "a100", "exclusive": True}
+    options: dict[str, str | int | bool] = {"constraint": "a100", "exclusive": True}
+    found = parameters("ranks", TWO_NODES, Site(sbatch=options, srun_args=["--container-image=x"]))
+    assert found["additional_parameters"] == {"requeue": True, **options}
     assert found["srun_args"][-1] == "--container-image=x"
     assert "partition" not in found and "account" not in found
 
