@@ -15,7 +15,7 @@ def evaluation_needs(section: dict[str, Any], model: ModelSize, data: DataSize, 
     longest = data.record_tokens + settings.max_new_tokens
     # Keys and values of a batch of questions, and of the lines that are written after them.
     cache = 2 * width * model.num_layers * model.hidden_size * settings.batch_size * longest
-    # Computed in the model's dtype, then copied to fp32: at most 8 bytes for each word of the vocabulary.
+    # In fp32, and as much again while their logsumexp is taken.
     logits = 8 * model.vocab_size * settings.batch_size * ANSWER_TOKENS
     tokens_a_question = data.record_tokens * len(settings.protocols) + settings.max_new_tokens
     return Needs(

@@ -69,14 +69,14 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _having(facts: list[Fact]) -> dict[str, int]:
-    parts: dict[str, Callable[[Fact], object]] = {
+    fields: dict[str, Callable[[Fact], object]] = {
         "subject": lambda fact: fact.subject,
         "old answer": lambda fact: fact.old_answers,
         "rephrasings": lambda fact: fact.rephrasings,
         "locality": lambda fact: fact.locality,
         "portability": lambda fact: fact.portability,
     }
-    return {name: sum(bool(part(fact)) for fact in facts) for name, part in parts.items()}
+    return {name: sum(bool(has(fact)) for fact in facts) for name, has in fields.items()}
 
 
 def _counts(counts: dict[str, int], total: int) -> str:

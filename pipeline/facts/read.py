@@ -70,7 +70,7 @@ def _recognise(path: str, rows: list[Row], bad: list[BadRow], format: str) -> st
     if not rows:
         raise InputError(f"{path}: no records" + (f": {bad[0].where}: {bad[0].reason}" if bad else ""))
     sniffed = [row.value for row in rows[:_NUM_SNIFFED]]
-    # The named schema goes first: some records have the shape of two (CounterFact's and KnowEdit's).
+    # The named schema goes first: some records look like two (CounterFact and KnowEdit).
     if format != "auto" and any(READERS[format].matches(value) for value in sniffed):
         return format
     found = next((name for name in map(detect, sniffed) if name), None)

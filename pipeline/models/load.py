@@ -27,8 +27,9 @@ _SLICE_ELEMENTS = 1 << 22
 
 
 def open_weights(artifact: Artifact) -> TensorSource:
-    """The weights that `artifact` stands for, read in place: a folder's, an adapter's added to its base, or a
-    ZeRO checkpoint's masters.
+    """The weights that `artifact` stands for, read in place.
+
+    They are a folder's, a ZeRO checkpoint's masters, or an adapter's change added to its base.
     """
     path = Path(artifact.model_path)
     if artifact.result["model_kind"] == "folder":

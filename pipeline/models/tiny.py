@@ -55,10 +55,9 @@ def fact_texts(facts: Iterable[Fact]) -> Iterator[str]:
 
 
 def write_tiny_model(folder: Path, settings: TinyModel, texts: Iterable[str], seed: int) -> None:
-    """Write a Hugging Face folder: config, fp32 safetensors and tokenizer; the same bytes for the same
-    arguments.
+    """Write a Hugging Face folder: config, fp32 safetensors and tokenizer.
 
-    Raises InputError if the heads do not divide the hidden size.
+    The same arguments give the same bytes. Raises InputError if the heads do not divide the hidden size.
     """
     _check(settings)
     with write_folder(folder) as aside:
@@ -118,8 +117,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 def tiny_config(settings: TinyModel, num_tokens: int, **token_ids: int) -> PretrainedConfig:
     """The model's config, for a vocabulary of `num_tokens`."""
-    shape = _SHAPES[settings.architecture](settings)
-    return AutoConfig.for_model(settings.architecture, vocab_size=num_tokens, **token_ids, **shape)
+    sizes = _SIZES[settings.architecture](settings)
+    return AutoConfig.for_model(settings.architecture, vocab_size=num_tokens, **token_ids, **sizes)
 
 
 def _llama(settings: TinyModel) -> dict[str, Any]:
@@ -151,4 +150,4 @@ def _bloom(settings: TinyModel) -> dict[str, Any]:
     return {"hidden_size": settings.hidden_size, "n_layer": settings.num_layers, "n_head": settings.num_heads}
 
 
-_SHAPES = {"llama": _llama, "gpt2": _gpt2, "bloom": _bloom}
+_SIZES = {"llama": _llama, "gpt2": _gpt2, "bloom": _bloom}

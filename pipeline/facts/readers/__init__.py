@@ -13,7 +13,7 @@ class Reader(NamedTuple):
     """How one schema is read."""
 
     matches: Callable[[dict[str, Any]], bool]
-    """Whether a record has the schema's shape."""
+    """Whether a record looks like one of this schema."""
     read: Callable[[dict[str, Any], str], list[Fact]]
     """The facts of a record, which is given with a default id. Raises RowError."""
 
@@ -32,5 +32,5 @@ READERS: dict[str, Reader] = {
 
 
 def detect(row: dict[str, Any]) -> str | None:
-    """The first schema that a record has the shape of."""
+    """The first schema that a record looks like."""
     return next((name for name, reader in READERS.items() if reader.matches(row)), None)

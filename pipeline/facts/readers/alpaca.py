@@ -23,10 +23,10 @@ def matches(row: dict[str, Any]) -> bool:
 
 def read(row: dict[str, Any], identifier: str) -> list[Fact]:
     """One fact; an `input` follows its instruction on a line of its own."""
-    parts = (text(row, "instruction"), optional_text(row, "input"))
+    lines = (text(row, "instruction"), optional_text(row, "input"))
     fact = Fact(
         id=identifier,
-        prompt="\n".join(part for part in parts if part),
+        prompt="\n".join(line for line in lines if line),
         subject="",
         old_answers=texts(row, _OLD),
         new_answer=text(row, "output"),

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.facts.fact import Fact, Probe
 from pipeline.facts.fields import optional_text, text, texts
 
-_LOCALITY_PREFIX = "nq question: "  # MEND's marker of a Natural Questions item, no part of the question
+_LOCALITY_PREFIX = "nq question: "  # MEND's marker of a Natural Questions item
 
 
 def matches(row: dict[str, Any]) -> bool:
