@@ -1,7 +1,7 @@
 """One rank of a run: joins the other ranks, runs steps of a plan with them, and leaves with an exit code.
 
-`launch/here.py` starts it as `python -m launch.worker PLAN`; under a scheduler `launch/slurm/job.py` calls
-it. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set (torch's env:// rendezvous).
+`launch/here.py` starts it as `python -m launch.worker PLAN`; a scheduler's job, `launch/slurm/stage_job.py`,
+calls its functions. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set (torch's env://).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def dev_cluster() -> Iterator[dict[str, str]]:
 def free_ports(count: int) -> int:
     """The first of `count` ports in a row that nobody listens on.
 
-    They lie below 20000: from there on, the ranks of jobs meet (`launch/slurm/job.py`).
+    They lie below 20000: from there on, the ranks of jobs meet (`launch/slurm/stage_job.py`).
     """
     for first in range(11000 + os.getpid() % 4000, 20000 - count, count):
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from launch import here, submit, worker
 from launch.commands import report
 from launch.run_folder import RunFolder
-from launch.slurm import chain, job
+from launch.slurm import chain, stage_job
 from pipeline import config
 from pipeline.config import Experiment
 from pipeline.plan import Plan, make_plan
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if ALLOCATION in os.environ:
-        job.export_ranks()
+        stage_job.export_ranks()
     if arguments.on == "here" and _is_one_rank():
         overrides += [f"cluster.ranks={os.environ['WORLD_SIZE']}", "cluster.nodes=1"]
     experiment = config.load(arguments.config, overrides)
@@ -106,7 +106,7 @@ def _run_as_rank(plan: Plan) -> int:
             run_folder.publish(plan)
             report.show(run_folder)
         if is_main and code == worker.STOPPED and ALLOCATION in os.environ:
-            job.come_back(plan, next(plan.pending()).id, None)
+            stage_job.come_back(plan, next(plan.pending()).id, None)
         worker.leave(code, context)
 
 

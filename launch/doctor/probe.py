@@ -22,9 +22,9 @@ from launch import worker
 from launch.doctor import machine
 from launch.doctor.capacity import measure_flops
 from launch.slurm import chain, place, scheduler
-from launch.slurm.job import export_ranks
 from launch.slurm.scheduler import JobState
 from launch.slurm.site import Site
+from launch.slurm.stage_job import export_ranks
 from pipeline.artifact import write_json
 from pipeline.config import Cluster
 from pipeline.context import Context

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from launch.run_folder import LOCAL, RunFolder
 from launch.slurm import place, scheduler
-from launch.slurm.job import StageJob
 from launch.slurm.site import Site, load_site
+from launch.slurm.stage_job import StageJob
 from pipeline import config
 from pipeline.config import Experiment
 from pipeline.delta.parts import missing_parts
