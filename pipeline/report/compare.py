@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pipeline.report.names import ROW_METRICS
 from pipeline.report.seeds import average, margin, over_seeds
+from pipeline.report.terms import ROW_METRICS
 
 Json = dict[str, Any]
 

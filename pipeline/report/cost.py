@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report.names import STATES, look
 from pipeline.report.seeds import over_seeds
+from pipeline.report.terms import STATES, look
 from pipeline.stages import STAGES
 
 Json = dict[str, Any]

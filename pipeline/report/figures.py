@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pipeline.report.cost import duration, shown_steps, size
-from pipeline.report.names import METRICS, PROTOCOLS, STATES, look
 from pipeline.report.seeds import over_seeds
 from pipeline.report.svg import LIGHT, picture
+from pipeline.report.terms import METRICS, PROTOCOLS, STATES, look
 
 Json = dict[str, Any]
 

@@ -9,7 +9,7 @@ from pipeline.artifact import Artifact
 from pipeline.delta.survival import POOR_PROJECTION
 from pipeline.report.compare import Scores
 from pipeline.report.cost import step_label
-from pipeline.report.names import METRICS, PROTOCOLS, SCORES, count, look, ordered_protocols, percent
+from pipeline.report.terms import METRICS, PROTOCOLS, SCORES, count, look, ordered_protocols, percent
 
 Json = dict[str, Any]
 

@@ -15,7 +15,11 @@ from markupsafe import Markup
 
 from pipeline.report import cost, figures
 from pipeline.report.compare import Scores
-from pipeline.report.names import (
+from pipeline.report.seeds import over_seeds
+from pipeline.report.summary import summarise
+from pipeline.report.svg import DARK, LIGHT
+from pipeline.report.table import best_values, measured
+from pipeline.report.terms import (
     METRICS,
     PROTOCOLS,
     ROW_METRICS,
@@ -27,10 +31,6 @@ from pipeline.report.names import (
     percent,
     three_digits,
 )
-from pipeline.report.seeds import over_seeds
-from pipeline.report.summary import summarise
-from pipeline.report.svg import DARK, LIGHT
-from pipeline.report.table import best_values, measured
 
 Json = dict[str, Any]
 

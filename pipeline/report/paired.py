@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.evaluate.scores import mean, standard_error
-from pipeline.report.names import SCORES, look
-from pipeline.report.records import Records
+from pipeline.report.columns import Records
+from pipeline.report.terms import SCORES, look
 
 Json = dict[str, Any]
 

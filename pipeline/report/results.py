@@ -34,10 +34,10 @@ from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.report import findings, samples
-from pipeline.report.names import ROW_METRICS, STATES
+from pipeline.report.columns import Records, read
 from pipeline.report.paired import compare
-from pipeline.report.records import Records, read
 from pipeline.report.seeds import average, over_seeds
+from pipeline.report.terms import ROW_METRICS, STATES
 
 LAYER_BLOCKS = ("attention", "mlp")
 LAYER_FIGURES = ("delta_norm", "relative_norm", "share_changed", "projection")

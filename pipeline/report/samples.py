@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report.records import Records
+from pipeline.report.columns import Records
 
 Json = dict[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pipeline.report.compare import Scores
 from pipeline.report.cost import update_seconds
-from pipeline.report.names import PROTOCOLS, look, ordered_protocols, percent
+from pipeline.report.terms import PROTOCOLS, look, ordered_protocols, percent
 
 Json = dict[str, Any]
 

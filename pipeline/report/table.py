@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from pipeline.report.compare import Scores
-from pipeline.report.names import METRICS, PROTOCOLS, SCORES, look, ordered_protocols, percent
+from pipeline.report.terms import METRICS, PROTOCOLS, SCORES, look, ordered_protocols, percent
 
 if TYPE_CHECKING:
     from rich.table import Table

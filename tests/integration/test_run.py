@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pipeline.artifact import write_json
+from pipeline.plan import Existing, Plan, Step
 
 ROOT = Path(__file__).parents[2]
 # The quickstart with two methods, few facts and short trainings.
@@ -125,6 +129,66 @@ def test_run_again_does_nothing(finished: Path) -> None:
     assert done.returncode == 0
     assert "nothing to run" in done.stdout
     assert manifests(finished) == before
+
+
+def test_another_seed_is_added_to_what_is_there(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    run_dir = tmp_path / "runs" / "quickstart"
+    before = manifests(run_dir)
+    done = flearn(tmp_path / "runs", "methods=[flearn_lora]", "seeds=[0, 1]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = manifests(run_dir)
+    assert {name: after[name] for name in before} == before
+    added = sorted(name.rpartition("-")[0] for name in after.keys() - before.keys())
+    assert added == sorted(["model", "teach", "tune_old", "forget", "learn", "report", *4 * ["evaluate"]])
+    old = [row for row in figures(finished) if row["method"] == "flearn_lora"]
+    assert [row for row in figures(run_dir) if row["seed"] == 0] == old
+    results = json.loads((run_dir / "results.json").read_text())
+    assert len([row for row in results["rows"] if row["seed"] == 1]) == len(results["summary"]) == len(old)
+    assert "deviation of 2 seeds" in done.stdout
+
+
+def test_a_run_builds_on_another_runs_results(finished: Path, tmp_path: Path) -> None:
+    """On its models and on its adapters, which name what they were made from beside themselves."""
+    other = Plan.from_json(json.loads((finished / "plan.json").read_text()))
+
+    def existing(stage: str, method: str | None = None) -> Existing:
+        steps = [step for step in other.steps.values() if step.stage == stage]
+        return Existing(finished / next(s.id for s in steps if method is None or s.methods == [method]))
+
+    def section(stage: str) -> dict[str, Any]:
+        return next(
+            s.section for s in other.steps.values() if s.stage == stage and s.methods == ["flearn_lora"]
+        )
+
+    plan = Plan(tmp_path)
+    facts = existing("facts")
+    tuned = {"base": existing("teach"), "tuned": existing("tune_old", "flearn_lora")}
+    plan.add("forget", section("forget"), tuned)
+    learned = plan.add("learn", section("learn"), {"model": existing("learn", "flearn_lora"), "facts": facts})
+    original = next(s for s in other.steps.values() if s.stage == "evaluate" and "reference" not in s.inputs)
+    reference = Existing(finished / original.id)
+    inputs: dict[str, Step | Existing] = {"model": learned, "facts": facts, "reference": reference}
+    plan.add("evaluate", section("evaluate"), inputs)
+    write_json(tmp_path / "plan.json", plan.to_json())
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    worker = [sys.executable, "-m", "launch.worker", str(tmp_path / "plan.json")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        alone["MASTER_PORT"] = str(probe.getsockname()[1])
+    done = subprocess.run(
+        worker, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(plan.pending()) == []
+    assert plan.artifact(learned).input("model").folder == existing("learn", "flearn_lora").folder
+    forgotten = next(step for step in plan.steps.values() if step.stage == "forget")
+    twin = existing("forget", "flearn_lora")
+    written, before = (folder / "model" for folder in (plan.artifact(forgotten).folder, twin.folder))
+    for shard in before.glob("*.safetensors"):
+        assert (written / shard.name).read_bytes() == shard.read_bytes()
+    scores = plan.artifact(next(reversed(plan.steps.values()))).result["protocols"]
+    assert scores["token"]["reliability"] is not None
 
 
 def test_a_new_lambda_reuses_the_fine_tunings(finished: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import pytest
 
 from pipeline.artifact import Artifact
 from pipeline.report import page
-from pipeline.report.names import look
 from pipeline.report.results import build
 from pipeline.report.svg import DARK, LIGHT
 from pipeline.report.table import render
+from pipeline.report.terms import look
 
 Json = dict[str, Any]
 MakeResults = Callable[..., Json]

@@ -13,8 +13,8 @@ import pytest
 from pipeline.artifact import Artifact
 from pipeline.context import Context
 from pipeline.report import samples
+from pipeline.report.columns import Records
 from pipeline.report.paired import compare
-from pipeline.report.records import Records
 from pipeline.report.results import build
 from pipeline.report.stage import run
 
