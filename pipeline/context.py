@@ -104,34 +104,58 @@ class Context:
     @contextmanager
     def progress(self, description: str, total: int, unit: str = "") -> Iterator[Progress]:
         """A bar on rank 0's terminal; silent on other ranks and where there is no terminal."""
-        if not self.is_main or not sys.stderr.isatty():
-            yield Progress(None, None)
+        with Progress(description, unit, shown=self.is_main) as progress:
+            progress.start(total)
+            yield progress
+
+
+class Progress:
+    """Where work reports that it moves on: a bar on a terminal, silent elsewhere. Used as a context manager."""
+
+    def __init__(self, description: str, unit: str = "", shown: bool = True) -> None:
+        """`unit` follows the numbers; `bytes` are shown with their rate."""
+        self._description = description
+        self._unit = unit
+        self._shown = shown and sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def start(self, total: int) -> None:
+        """Show the bar: `total` is to be done. Before that nothing is shown, for the work may be refused."""
+        if not self._shown or total == 0:
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
         from rich.progress import Progress as Bar
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit + " {task.fields[note]}"),
+        amounts = (
+            (DownloadColumn(), TransferSpeedColumn()) if self._unit == "bytes" else (MofNCompleteColumn(),)
         )
-        with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-            yield Progress(bar, bar.add_task(description, total=total, note=""))
-
-
-@dataclass
-class Progress:
-    """Where a loop reports that it moved on."""
-
-    _bar: Any
-    _task: Any
+        note = TextColumn(("" if self._unit == "bytes" else self._unit) + " {task.fields[note]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), *amounts, note, TimeRemainingColumn())
+        self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(self._description, total=total, note="")
+        self._bar.start()
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """`amount` more of the total is done; `note` is shown beside the bar (a loss, a rate)."""
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, note=note)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def peak_memory_bytes() -> int:

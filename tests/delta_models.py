@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.artifact import write_json
+from pipeline.weights.floats import as_tensor
+from pipeline.weights.source import TensorSource
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -23,6 +27,13 @@ def load(folder: Path) -> Tensors:
         for file in sorted(folder.glob("*.safetensors"))
         for name, tensor in load_file(file).items()
     }
+
+
+def tensor(source: TensorSource, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Elements [start, stop) of one of `source`'s tensors, 1-D; `stop` None: to its end."""
+    info = source.tensors[source.aliases.get(name, name)]
+    stop = info.num_elements if stop is None else stop
+    return as_tensor(source.read(name, start, stop), info.dtype)
 
 
 def formula(base: Tensors, tuned: Tensors, scale: float) -> Tensors:
@@ -63,3 +74,35 @@ def write_pair(folder: Path) -> tuple[Path, Path]:
     """(base in bfloat16, tuned in float32), each a model folder."""
     base = layered(0)
     return save(folder / "base", base), save(folder / "tuned", nudged(base, 1))
+
+
+def write_adapter(
+    folder: Path,
+    seed: int = 0,
+    rank: int = 3,
+    alpha: float = 6,
+    size: int = 33,
+    layers: tuple[int, ...] = (0, 2),
+) -> dict[str, torch.Tensor]:
+    """An adapter on q_proj of some layers; {tensor: its change in float64}."""
+    generator = torch.Generator().manual_seed(seed)
+    factors: dict[str, torch.Tensor] = {}
+    changes: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        module = f"model.layers.{layer}.self_attn.q_proj"
+        a, b = (
+            torch.randn(rank, size, generator=generator) * 0.1,
+            0.1 * torch.randn(size, rank, generator=generator),
+        )
+        factors |= {
+            f"base_model.model.{module}.lora_A.weight": a,
+            f"base_model.model.{module}.lora_B.weight": b,
+        }
+        changes[f"{module}.weight"] = alpha / rank * (b.double() @ a.double())
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    write_json(
+        folder / "adapter_config.json",
+        {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"]},
+    )
+    return changes

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.context import Progress
 from pipeline.errors import printable
 
 if TYPE_CHECKING:
-    from pipeline.delta.subtract import Outcome
+    from pipeline.weights.folder_writer import Outcome
 
 SOURCE = "a model folder, a ZeRO checkpoint, an adapter folder, ..."
 
@@ -101,7 +100,7 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part",
         type=_part,
-        default=(1, 1),
+        default=(0, 1),
         metavar="I/N",
         help="be the I-th of N workers on one shared folder",
     )
@@ -120,16 +119,17 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _part(text: str) -> tuple[int, int]:
+    """Parts count from 1 for people, from 0 inside."""
     number, separator, count = text.partition("/")
     if not separator or not number.isdecimal() or not count.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 1/4")
-    return int(number), int(count)
+    return int(number) - 1, int(count)
 
 
 def _subtract(arguments: argparse.Namespace) -> int:
     from pipeline.delta.subtract import subtract
 
-    with _bar("subtracting") as progress:
+    with Progress("subtracting", "bytes") as progress:
         outcome = subtract(
             arguments.base,
             arguments.tuned,
@@ -169,7 +169,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from pipeline.delta.verify import verify
 
-    with _bar("verifying") as progress:
+    with Progress("verifying", "bytes") as progress:
         verdict = verify(arguments.out, memory=arguments.memory, io=arguments.io, progress=progress)
     for problem in verdict.problems:
         _say(printable(problem))
@@ -180,7 +180,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _undo(arguments: argparse.Namespace) -> int:
     from pipeline.delta.undo import say_how_exact, undo
 
-    with _bar("undoing") as progress:
+    with Progress("undoing", "bytes") as progress:
         outcome = undo(
             arguments.forgotten,
             arguments.out,
@@ -218,41 +218,3 @@ def _summary(outcome: Outcome, out: Path) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-@contextmanager
-def _bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of bytes, bytes a second and time left, on a terminal, from the first progress on; nothing
-    elsewhere.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(description, total=None)
-
-    def show(num_done: int, num_bytes: int) -> None:
-        bar.start()
-        bar.update(task, completed=num_done, total=num_bytes)
-
-    try:
-        yield show
-    finally:
-        bar.stop()

@@ -23,10 +23,10 @@ from launch.slurm.site import Site, load_site
 from launch.slurm.stage_job import StageJob
 from pipeline import config
 from pipeline.config import Experiment
-from pipeline.delta.parts import missing_parts
 from pipeline.errors import InputError
 from pipeline.plan import Plan, Step, make_plan
 from pipeline.stages import STAGES
+from pipeline.weights.journal import missing_parts
 
 ATTEMPT = "flearn: attempt "
 """Begins the first line of each attempt at a job in its standard error: SLURM appends a new attempt there."""

@@ -1,3 +1,1 @@
-"""Subtraction of what a fine-tuning changed, streamed from tensor sources to a model folder: theta' = base -
-scale * (tuned - base).
-"""
+"""Arithmetic on task vectors: theta' = base - scale * (tuned - base), computed where it is read."""

@@ -1,35 +1,36 @@
 """The arithmetic of forgetting on slices of a tensor: theta' = base - scale * (tuned - base), in float32.
 
-The order of operations is fixed: d = tuned - base, s = scale * d, theta' = base - s, each rounded once to the
-nearest float32 (never fused), scale itself rounded to float32. Then, once, to the stored dtype. Each element
-depends on its own inputs alone, so that any way of slicing, on any number of workers, gives the same bytes.
-An adapter gives d directly.
+The order of operations is fixed: d = tuned - base, s = scale * d, theta' = base - s. Each is rounded once to
+the nearest float32 (never fused), and so is scale itself; then, once, to the stored dtype. An adapter gives d
+directly. Each element depends on its own inputs alone: any slicing, on any number of workers, gives the same
+bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pipeline.delta.floats import NARROW, Array, narrow, narrow_randomly, widen
 from pipeline.delta.survival import Survival
+from pipeline.errors import InputError
+from pipeline.weights.floats import NARROW, Array, narrow, narrow_randomly, widen
 
 Rounding = Literal["nearest", "stochastic"]
 
 BLOCK_ELEMENTS = 1 << 18
-"""Elements computed at a time: few enough for intermediate results (16 bytes an element) to stay in the
-processor's caches, and so many that threads, which meet between two operations (only one runs Python at a
-time), hardly ever wait for each other.
+"""Elements computed at a time.
+
+Fewer, and threads wait for each other: only one runs Python at a time, between two operations. More, and the
+intermediate results (16 bytes an element) leave the processor's caches.
 """
 
 _ROW = 1 << 10
 _SMALLEST, _LARGEST = 1e-24, 1e38
-"""Between them float32 products lose nothing: 2**18 of them that are too small for it add up to less than
-1e-32.
-"""
+"""Between them float32 sums lose nothing: 2**18 products too small for it add up to less than 1e-32."""
 
 
 def is_scale(value: float) -> bool:
@@ -39,8 +40,9 @@ def is_scale(value: float) -> bool:
 
 @dataclass(frozen=True)
 class Formula:
-    """What is computed for every weight: `scale` is the paper's lambda; `seed` matters to stochastic rounding
-    alone.
+    """What is computed for every weight.
+
+    `scale` is the paper's lambda. `seed` matters to stochastic rounding alone.
     """
 
     scale: float
@@ -48,9 +50,26 @@ class Formula:
     seed: int = 0
 
 
+class Change(Protocol):
+    """A slice of a task vector, from which its elements are computed block by block."""
+
+    @property
+    def read(self) -> Mapping[str, Array]:
+        """What was read for it, by whose it is: the stored values, as they are."""
+        ...
+
+    def compute(self, block: slice, base: Array, out: Array) -> Array:
+        """The change of the elements `block` of the slice, float32, in `out` or elsewhere.
+
+        `base`: the base's values of that block, float32. `out`: 1-D, float32, of as many elements.
+        """
+        ...
+
+
 class Arithmetic:
-    """One thread's scratch memory, and what is computed in it. Arrays are 1-D, as in `floats`; `out` is
-    written to.
+    """One thread's scratch memory, and what is computed in it.
+
+    Arrays are 1-D, as in `floats`; `out` is written to.
     """
 
     def __init__(self, formula: Formula) -> None:
@@ -60,39 +79,43 @@ class Arithmetic:
 
     @np.errstate(all="ignore")
     def subtract(
-        self, name: str, start: int, base: Array, other: Array, out: Array, is_delta: bool
-    ) -> Survival:
+        self, name: str, start: int, base: Array, change: Change, out: Array, measured: bool = True
+    ) -> Survival | None:
         """Elements [start, start + len) of the tensor `name`: theta' to `out`, and what survived in it.
 
-        `other` holds the tuned values, or with `is_delta` the difference tuned - base itself.
+        Not `measured` saves a fifth of the time, and returns None.
+        Raises InputError if a weight that is read, or the result as it is stored, is not a finite number.
         """
-        survival = Survival()
+        survival, is_finite = Survival(), True
         for begin in range(0, base.size, BLOCK_ELEMENTS):
             block = slice(begin, begin + BLOCK_ELEMENTS)
-            survival.add(
-                self._subtract_block(name, start + begin, base[block], other[block], out[block], is_delta)
+            base32, delta, result = self._subtract(name, start, block, base, change, out)
+            if measured:
+                rounded_to = None if base.dtype == out.dtype else out.dtype
+                survival.add(_measure(base32, delta, result, rounded_to))
+            else:  # NaN and infinity go through all that is computed, with a scale of 0 as NaN
+                is_finite = is_finite and bool(np.isfinite(result).all())
+        if not (survival.is_finite and is_finite):
+            raise InputError(
+                f"{name}: NaN or infinity in the base, in the tuned model,"
+                " or after rounding to the stored dtype"
             )
-        return survival
+        return survival if measured else None
 
-    def _subtract_block(
-        self, name: str, start: int, base: Array, other: Array, out: Array, is_delta: bool
-    ) -> Survival:
-        count = base.size
-        base32, delta, result = (
-            widen(base, self._base[:count]),
-            widen(other, self._delta[:count]),
-            self._result[:count],
-        )
-        if not is_delta:
-            np.subtract(delta, base32, out=delta)
+    def _subtract(
+        self, name: str, start: int, block: slice, base: Array, change: Change, out: Array
+    ) -> tuple[Array, Array, Array]:
+        """One block to `out`; returns the base, the change and the stored result, all float32 and scratch."""
+        count = base[block].size
+        base32, result = widen(base[block], self._base[:count]), self._result[:count]
+        delta = change.compute(block, base32, self._delta[:count])
         np.multiply(delta, self._scale, out=result)
         np.subtract(base32, result, out=result)
-        self._store(name, start, result, out)
-        if (
-            self._scale == 0 and base.dtype == out.dtype
-        ):  # float32 would cut a float64 base short, and -0 - 0 * (-x) is 0
-            np.copyto(out, base)
-        return _measure(base32, delta, result, None if base.dtype == out.dtype else out.dtype)
+        self._store(name, start + block.start, result, out[block])
+        # float32 would cut a float64 base short, and -0 - 0 * (-x) is 0.
+        if self._scale == 0 and base.dtype == out.dtype:
+            np.copyto(out[block], base[block])
+        return base32, delta, result
 
     @np.errstate(all="ignore")
     def keep(self, name: str, start: int, base: Array, out: Array) -> None:
@@ -102,12 +125,8 @@ class Arithmetic:
             return
         for begin in range(0, base.size, BLOCK_ELEMENTS):
             values = base[begin : begin + BLOCK_ELEMENTS]
-            self._store(
-                name,
-                start + begin,
-                widen(values, self._result[: values.size]),
-                out[begin : begin + BLOCK_ELEMENTS],
-            )
+            wide = widen(values, self._result[: values.size])
+            self._store(name, start + begin, wide, out[begin : begin + BLOCK_ELEMENTS])
 
     def _store(self, name: str, start: int, values: Array, out: Array) -> None:
         """Round `values` to `out`'s dtype, there and in place."""
@@ -118,8 +137,9 @@ class Arithmetic:
 
 
 def _measure(base: Array, delta: Array, stored: Array, rounded_to: np.dtype[Any] | None) -> Survival:
-    """What `stored` keeps of `delta`, against the base (`rounded_to` a dtype). All are float32; the first and
-    the last are written over.
+    """What `stored` keeps of `delta`, against the base (`rounded_to` a dtype).
+
+    All are float32; `base` and `stored` are written over.
     """
     base_square = _dot(base, base)
     if rounded_to in NARROW:
@@ -136,8 +156,9 @@ def _measure(base: Array, delta: Array, stored: Array, rounded_to: np.dtype[Any]
 
 
 def _dot(one: Array, two: Array) -> float:
-    """The inner product of float32 arrays, to about 6 digits; all in float64 where float32 has no room for
-    the products.
+    """The inner product of float32 arrays, to about 6 digits.
+
+    Where float32 has no room for the products, all of it is computed in float64.
     """
     product = _dot_by_rows(one, two)
     if _SMALLEST < abs(product) < _LARGEST or not (one.any() and two.any()):
@@ -146,8 +167,9 @@ def _dot(one: Array, two: Array) -> float:
 
 
 def _dot_by_rows(one: Array, two: Array) -> float:
-    """The inner product: BLAS would make threads of its own for longer rows. Their sums are added up in
-    float64.
+    """The inner product, row by row, the rows' sums added up in float64.
+
+    For longer rows BLAS would make threads of its own.
     """
     whole = one.size // _ROW * _ROW
     rows = np.vecdot(one[:whole].reshape(-1, _ROW), two[:whole].reshape(-1, _ROW))

@@ -1,5 +1,4 @@
-"""What a fine-tuning changed, and what survived of subtracting it: by tensor, by layer, attention against
-MLP.
+"""What a fine-tuning changed, and what survived of subtracting it: by tensor, layer, attention and MLP.
 
 The data of the paper's Figures 4 and 5: the L2 norm of the change of every matrix, and of whole attention and
 MLP blocks.
@@ -55,8 +54,9 @@ def layers(survivals: Mapping[str, Survival], scale: float) -> list[dict[str, An
 
 
 def block_of(name: str) -> str:
-    """`attention`, `mlp` or `other` for a tensor's name inside its layer (`post_attention_layernorm.weight`
-    is other).
+    """`attention`, `mlp` or `other`, by a tensor's name inside its layer.
+
+    `post_attention_layernorm.weight` is other.
     """
     if re.search(r"norm|ln_", name):
         return "other"
@@ -75,12 +75,14 @@ def warnings(survivals: Mapping[str, Survival], scale: float, dtype: str) -> lis
         return ["the scale is 0: the result is the base"]
     if whole.num_changed == 0:
         return [
-            f"the result equals the base: every change was lost in {dtype}; use --dtype float32 or --rounding stochastic"
+            f"the result equals the base: every change was lost in {dtype};"
+            " use --dtype float32 or --rounding stochastic"
         ]
     found = []
     if figures["projection"] < POOR_PROJECTION:
         found.append(
-            f"only {figures['projection']:.1%} of the intended change survives in {dtype} ({figures['share_changed']:.1%} of the weights"
+            f"only {figures['projection']:.1%} of the intended change survives in {dtype}"
+            f" ({figures['share_changed']:.1%} of the weights"
             " changed); use --dtype float32 or --rounding stochastic"
         )
     dead = [
@@ -90,6 +92,7 @@ def warnings(survivals: Mapping[str, Survival], scale: float, dtype: str) -> lis
     ]
     if dead:
         found.append(
-            f"{len(dead)} of {len(survivals)} tensors did not change at all, though they should have: {', '.join(dead[:5])}"
+            f"{len(dead)} of {len(survivals)} tensors did not change at all, though they should have:"
+            f" {', '.join(dead[:5])}"
         )
     return found

@@ -1,6 +1,4 @@
-"""Inspect: what a path holds as a tensor source - kind, tensors, dtypes, ties, sizes - without DeepSpeed,
-reading headers alone.
-"""
+"""Inspect: what a path holds as a tensor source (kind, tensors, dtypes, ties, sizes), from headers alone."""
 
 from __future__ import annotations
 
@@ -11,21 +9,29 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from pipeline.delta.journal import Journal
+from pipeline.delta.manifest import read_manifest
 from pipeline.errors import printable
-from pipeline.weights import adapter_config
-from pipeline.weights.open import open_source
+from pipeline.weights.formats import adapter_config
+from pipeline.weights.formats.adapter import is_adapter, open_factors
+from pipeline.weights.formats.open import open_source
 from pipeline.weights.source import TensorSource
+
+_OF_ADAPTER = {
+    "base_model": "base_model_name_or_path",
+    "peft_type": "peft_type",
+    "rank": "r",
+    "alpha": "lora_alpha",
+}
+"""{what is shown: its key in adapter_config.json}."""
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """A JSON object about the tensor source at `path`. An adapter's is about its factors: they need no base
-    to be looked at.
+    """A JSON object about the tensor source at `path`. An adapter's is about its factors, which need no base.
 
     Raises InputError if `path` is no tensor source, or is damaged.
     """
-    found = _inspect_adapter(path) if (path / adapter_config.FILE_NAME).is_file() else _inspect(path)
-    manifest = Journal(path).manifest if path.is_dir() else None
+    found = _inspect_adapter(path) if is_adapter(path) else _inspect(path)
+    manifest = read_manifest(path) if path.is_dir() else None
     return found | ({"made_by": manifest["recipe"]} if manifest is not None else {})
 
 
@@ -36,27 +42,10 @@ def _inspect(path: Path) -> dict[str, Any]:
 
 def _inspect_adapter(folder: Path) -> dict[str, Any]:
     config = adapter_config.load(folder)
-    file = next(
-        (
-            folder / name
-            for name in ("adapter_model.safetensors", "adapter_model.bin")
-            if (folder / name).is_file()
-        ),
-        folder,
-    )
-    keys = {
-        "base_model": "base_model_name_or_path",
-        "peft_type": "peft_type",
-        "rank": "r",
-        "alpha": "lora_alpha",
-    }
-    with closing(open_source(file)) as source:
-        return {
-            "path": str(folder),
-            "kind": "adapter",
-            **{name: config.get(key) for name, key in keys.items()},
-            **_contents(source),
-        }
+    found: dict[str, Any] = {"path": str(folder), "kind": "adapter"}
+    found |= {name: config.get(key) for name, key in _OF_ADAPTER.items()}
+    with closing(open_factors(folder)) as source:
+        return found | _contents(source)
 
 
 def _from_checkpoint(source: TensorSource) -> dict[str, Any]:
@@ -85,13 +74,15 @@ def _made_by(recipe: dict[str, Any] | None) -> list[str]:
     if recipe is None:
         return []
     return [
-        f"made by: {recipe['base']['path']} - {recipe['scale']} * ({recipe['tuned']['path']} - {recipe['base']['path']})"
+        f"made by: {recipe['base']['path']} - {recipe['scale']} * ({recipe['tuned']['path']} -"
+        f" {recipe['base']['path']})"
     ]
 
 
 def render(found: dict[str, Any]) -> str:
-    """The same for people: the whole on a few lines, then a line a tensor. What others named is shown as any
-    terminal takes it.
+    """The same for people: the whole on a few lines, then a line a tensor.
+
+    Names come from files of others: control characters in them are escaped.
     """
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     more = "".join(

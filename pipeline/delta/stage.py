@@ -1,19 +1,15 @@
-"""The `forget` stage: theta' = original - scale * (tuned - original), straight from what the fine-tuning
-left.
-"""
+"""The `forget` stage: theta' = original - scale * (tuned - original), from what the fine-tuning left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.config import Forget
-from pipeline.context import Context, Preempted, log
-from pipeline.delta.parts import note_done
-from pipeline.delta.subtract import Progress, subtract
+from pipeline.context import Context, Preempted, Progress, log
+from pipeline.delta.subtract import subtract
+from pipeline.weights.journal import note_done
 
 
 def run(
@@ -22,14 +18,14 @@ def run(
     """Write the forgotten model to `out`/model, and say how much of the subtraction survived.
 
     A fully tuned model is read from its ZeRO checkpoint, an adapter as it is: no consolidated copy is made.
-    Where several processes share the work (`context.part`), the one that finishes last has the facts, the
-    others None. Raises Preempted if this process was asked to stop: the next call goes on after the shards
-    that are there.
+    Where several processes share the work (`context.part`), the one that finishes last returns the result,
+    the others None. Raises Preempted if this process was asked to stop: the next call goes on after the
+    shards that are there.
     """
     _heed(context)
     forget = Forget.model_validate(section["forget"])
     assert isinstance(forget.scale, float)
-    with _progress(context) as progress:
+    with _Heeding(context) as progress:
         outcome = subtract(
             inputs["base"].model_folder,
             Path(inputs["tuned"].model_path),
@@ -39,7 +35,7 @@ def run(
             rounding=forget.rounding,
             seed=section["seed"],
             max_shard_size=forget.max_shard_size,
-            part=(1, 1) if context.part is None else (context.part[0] + 1, context.part[1]),
+            part=context.part or (0, 1),
             announce=lambda line: log.info("forget: %s", line),
             progress=progress,
         )
@@ -64,29 +60,25 @@ def run(
 
 
 def _heed(context: Context) -> None:
-    """Stop if this process was asked to. It does not ask its fellows: they wait for it, or work on other
-    parts.
-    """
+    """Stop if this process was asked to. It does not ask its fellows, which wait for it or do other parts."""
     if context.stop:
         raise Preempted("forget: stopped; the shards that are done are kept")
 
 
-@contextmanager
-def _progress(context: Context) -> Iterator[Progress]:
-    """A bar that starts once the sizes are known, and an ear for requests to stop as long as something is
-    left to do.
-    """
-    with ExitStack() as stack:
-        bar = None
-        shown = 0
+class _Heeding(Progress):
+    """A bar that listens for requests to stop, as long as something is left to do."""
 
-        def report(num_done: int, num_bytes: int) -> None:
-            nonlocal bar, shown
-            if num_done < num_bytes:
-                _heed(context)
-            if bar is None:
-                bar = stack.enter_context(context.progress("forget", num_bytes >> 20, "MiB"))
-            bar.advance((num_done >> 20) - shown)
-            shown = num_done >> 20
+    def __init__(self, context: Context) -> None:
+        super().__init__("forget", "bytes", shown=context.is_main)
+        self._context = context
+        self._num_left = 0
 
-        yield report
+    def start(self, total: int) -> None:
+        super().start(total)
+        self._num_left = total
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        super().advance(amount, note)
+        self._num_left -= amount
+        if self._num_left > 0:
+            _heed(self._context)

@@ -18,8 +18,9 @@ POOR_PROJECTION = 0.5
 
 @dataclass
 class Survival:
-    """Sums over the weights of a tensor, a layer or a model; delta is tuned - base, change is what was
-    stored.
+    """Sums over the weights of a tensor, a layer or a model.
+
+    Delta is tuned - base, change is what was stored.
     """
 
     num_elements: int = 0
@@ -41,15 +42,14 @@ class Survival:
 
     @property
     def is_finite(self) -> bool:
-        """False if any weight, read or written, is NaN or infinite. (Squares of finite float32 cannot
-        overflow float64.)
+        """False if any weight, read or written, is NaN or infinite.
+
+        Squares of finite float32 numbers cannot overflow float64.
         """
         return isfinite(self.base_square) and isfinite(self.delta_square) and isfinite(self.change_square)
 
     def figures(self, scale: float) -> dict[str, Any]:
-        """The figures to show; None where there is nothing to compare (no change was intended, or none was
-        stored).
-        """
+        """The figures to show; None where no change was intended, or none was stored."""
         intended_square = scale * scale * self.delta_square
         along = -scale * self.delta_change
         both = sqrt(intended_square * self.change_square)
@@ -71,7 +71,5 @@ def _ratio(value: float, whole: float) -> float | None:
 
 
 def _rounded(value: float) -> float:
-    """5 digits: sums taken in another order (on another processor, with another shard size) hardly ever
-    differ in them.
-    """
+    """5 digits. Sums in another order (another processor or shard size) hardly ever differ in them."""
     return float(f"{value:.5g}")

@@ -9,19 +9,26 @@ when theta' was made, before a shard is put into its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from pipeline.delta.disk import Io
-from pipeline.delta.journal import Journal
-from pipeline.delta.making import Receipt
-from pipeline.delta.subtract import Outcome, Progress, subtract
+from pipeline.context import Progress
+from pipeline.delta.manifest import make_recipe, read_manifest
+from pipeline.delta.subtract import require_outside, write_virtual
+from pipeline.delta.survival import Survival
+from pipeline.delta.task_vector import open_vector
+from pipeline.delta.virtual import Notes, Virtual
 from pipeline.errors import InputError
-from pipeline.weights.adapter_config import FILE_NAME
 from pipeline.weights.digest import content_digest
-from pipeline.weights.open import open_source
+from pipeline.weights.extras import extras_folder
+from pipeline.weights.folder_writer import Outcome
+from pipeline.weights.formats.adapter import is_adapter
+from pipeline.weights.formats.open import open_source
+from pipeline.weights.io.direct import Io
+from pipeline.weights.journal import Part
+from pipeline.weights.shard import parse_size
 
 MOST_AMPLIFIED = 16.0
 """Up to how many times the rounding errors of theta' may grow: near scale -1, theta' is the tuned model and
@@ -37,12 +44,11 @@ def undo(
     max_shard_size: str | int = "2GB",
     memory: str | int = "256MiB",
     io: Io = "auto",
-    part: tuple[int, int] = (1, 1),
+    part: Part = (0, 1),
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Write the base that `forgotten` (a result of `subtract`) was made from into the folder `out`, each
-    tensor in its old dtype.
+    """Write the base of `forgotten`, a result of `subtract`, into `out`, each tensor in its old dtype.
 
     Args:
         tuned: The tuned model or adapter that was subtracted; None: where the manifest says that it is.
@@ -50,56 +56,129 @@ def undo(
     Raises:
         InputError: The base cannot be had back, and why; or as `subtract`.
     """
-    manifest = Journal(forgotten).manifest
+    manifest = read_manifest(forgotten)
     if manifest is None:
         raise InputError(
-            f"{forgotten}: holds no finished result of `flearn delta subtract`, or its manifest.json is damaged"
+            f"{forgotten}: holds no finished result of `flearn delta subtract`,"
+            " or its manifest.json is damaged"
         )
     _require_float32(forgotten, manifest)
-    _require_noted_inputs(
-        forgotten, manifest
-    )  # before any digest is compared: an older flearn's may be another's
+    # Before any digest is compared: an older flearn's may be made in another way.
+    _require_noted_inputs(forgotten, manifest)
     recipe = manifest["recipe"]
     tuned = Path(recipe["tuned"]["path"]) if tuned is None else tuned
     if not tuned.exists():
         raise InputError(f"{tuned}: the tuned model is not there; say with --tuned where it is")
     if content_digest(tuned) != recipe["tuned"]["digest"]:
         raise InputError(
-            f"{tuned}: is not the tuned model that was subtracted (or it has changed since): the base cannot be had back from it"
+            f"{tuned}: is not the tuned model that was subtracted (or it has changed since):"
+            " the base cannot be had back from it"
         )
-    _require_tensors(forgotten, manifest)
-    return subtract(
-        forgotten,
-        tuned,
-        undoing_scale(recipe["scale"], is_delta=(tuned / FILE_NAME).is_file()),
-        out,
-        dtype={name: tensor["base_dtype"] for name, tensor in manifest["tensors"].items()},
-        max_shard_size=max_shard_size,
-        memory=memory,
-        io=io,
-        part=part,
-        undoes=lambda receipt: _require_inputs(forgotten, tuned, out, manifest["tensors"], receipt),
-        announce=announce,
-        progress=progress,
-    )
+    require_outside(out, forgotten, tuned)
+    dtypes = {name: tensor["base_dtype"] for name, tensor in manifest["tensors"].items()}
+    scale = undoing_scale(recipe["scale"], is_adapter(tuned))
+    with closing(_Undoing(forgotten, tuned, out, manifest, scale, dtypes, io)) as virtual:
+        undoing = make_recipe(forgotten, tuned, virtual.formula, dtypes, parse_size(max_shard_size))
+        return write_virtual(
+            virtual,
+            out,
+            undoing | {"undoes": True},
+            extras_folder(forgotten),
+            [],
+            memory=memory,
+            io=io,
+            part=part,
+            announce=announce,
+            progress=progress,
+            base_name="the result",
+        )
+
+
+class _Undoing(Virtual):
+    """The base, computed from theta' and the task vector.
+
+    Its shards are refused if they were made of other bytes.
+    """
+
+    notes_inputs = True
+
+    def __init__(
+        self,
+        forgotten: Path,
+        tuned: Path,
+        out: Path,
+        manifest: Mapping[str, Any],
+        scale: float,
+        dtypes: Mapping[str, str],
+        io: Io,
+    ) -> None:
+        """Raises InputError if theta' has other tensors than its manifest says."""
+        theta = open_source(forgotten)
+        differing = sorted(theta.tensors.keys() ^ manifest["tensors"].keys())
+        if differing:
+            raise InputError(
+                f"{forgotten}: {differing[0]} is not in both its manifest.json and its weights:"
+                " the result is damaged"
+            )
+        super().__init__(theta, open_vector(tuned, theta, io), scale, dtypes, io=io)
+        self._paths = forgotten, tuned, out
+        self._right = manifest["tensors"]
+
+    def warnings(self, survivals: Mapping[str, Survival], dtype: str) -> list[str]:
+        """None: what survives of taking back does not matter."""
+        return []
+
+    def notes(self, name: str) -> Notes:
+        return _CheckedNotes(name, self._right[name], *self._paths)
+
+
+class _CheckedNotes(Notes):
+    """Compares what was read of a tensor with what was noted of it when theta' was made."""
+
+    def __init__(self, name: str, right: Mapping[str, Any], forgotten: Path, tuned: Path, out: Path) -> None:
+        super().__init__()
+        self._name, self._right = name, right
+        self._forgotten, self._tuned = forgotten, tuned
+        self._advice = f"delete {out} before trying with other inputs"  # it is begun by now
+
+    def finish(self) -> dict[str, Any]:
+        """As `Notes.finish`. Raises InputError if the bytes are not those that were written, and
+        subtracted.
+        """
+        noted = super().finish()
+        read, right = noted["inputs"], self._right
+        if read["base"] != right["blake3"]:
+            raise InputError(
+                f"{self._forgotten}: {self._name}: its bytes are not those that were written,"
+                " so the base cannot be"
+                f" had back; `flearn delta verify {self._forgotten}` says what differs; {self._advice}"
+            )
+        if read.get("tuned") != right["inputs"].get("tuned"):
+            raise InputError(
+                f"{self._tuned}: {self._name} has other values than when it was subtracted;"
+                f" give the tuned model as it was then; {self._advice}"
+            )
+        return noted
 
 
 def undoing_scale(scale: float, is_delta: bool) -> float:
-    """The scale that takes theta' back to the base. Raises InputError where theta' no longer holds enough of
-    the base.
+    """The scale that takes theta' back to the base.
+
+    Raises InputError where theta' no longer holds enough of the base.
     """
     if is_delta:
         return -scale
     if (1 + abs(scale)) > MOST_AMPLIFIED * abs(1 + scale):
         raise InputError(
-            f"scale {scale}: theta' is (nearly) the tuned model, and hardly holds the base; it cannot be had back within rounding"
+            f"scale {scale}: theta' is (nearly) the tuned model, and hardly holds the base;"
+            " it cannot be had back within rounding"
         )
     return -scale / (1 + scale)
 
 
 def say_how_exact(forgotten: Path, back: Path) -> str:
     """How many tensors of `back`, which `undo` made of `forgotten`, are the base's bit for bit."""
-    result, base = Journal(forgotten).manifest, Journal(back).manifest
+    result, base = read_manifest(forgotten), read_manifest(back)
     assert result is not None and base is not None
     num_equal = sum(
         tensor["blake3"] == result["tensors"][name]["inputs"]["base"]
@@ -111,43 +190,12 @@ def say_how_exact(forgotten: Path, back: Path) -> str:
     )
 
 
-def _require_inputs(
-    forgotten: Path, tuned: Path, out: Path, tensors: dict[str, Any], receipt: Receipt
-) -> None:
-    """Raises InputError if the tensors of `receipt` were made of other bytes than those that were written,
-    and subtracted.
-
-    By then `out` is begun, and holds whatever shards were finished before.
-    """
-    advice = f"delete {out} before trying with other inputs"
-    for name, noted in receipt.items():
-        read, right = noted["inputs"], tensors[name]
-        if read["base"] != right["blake3"]:
-            raise InputError(
-                f"{forgotten}: {name}: its bytes are not those that were written, so the base cannot be had back; `flearn delta verify"
-                f" {forgotten}` says what differs; {advice}"
-            )
-        if read.get("tuned") != right["inputs"].get("tuned"):
-            raise InputError(
-                f"{tuned}: {name} has other values than when it was subtracted; give the tuned model as it was then; {advice}"
-            )
-
-
-def _require_tensors(forgotten: Path, manifest: dict[str, Any]) -> None:
-    """Raises InputError unless the result has the manifest's tensors."""
-    with closing(open_source(forgotten)) as source:
-        differing = sorted(source.tensors.keys() ^ manifest["tensors"].keys())
-    if differing:
-        raise InputError(
-            f"{forgotten}: {differing[0]} is not in both its manifest.json and its weights: the result is damaged"
-        )
-
-
 def _require_noted_inputs(forgotten: Path, manifest: dict[str, Any]) -> None:
     """Raises InputError unless the manifest says what each tensor was made of."""
     if not all("base" in tensor.get("inputs", {}) for tensor in manifest["tensors"].values()):
         raise InputError(
-            f"{forgotten}: was made by an older flearn, which did not note what it read: whether the base is right could not be told."
+            f"{forgotten}: was made by an older flearn, which did not note what it read:"
+            " whether the base is right could not be told."
             " Make it again"
         )
 
@@ -160,6 +208,7 @@ def _require_float32(forgotten: Path, manifest: dict[str, Any]) -> None:
     ]
     if narrow:
         raise InputError(
-            f"{forgotten}: was stored in {manifest['dtype']}, which rounded the result: the base cannot be had back within float32 rounding"
+            f"{forgotten}: was stored in {manifest['dtype']}, which rounded the result:"
+            " the base cannot be had back within float32 rounding"
             f" ({len(narrow)} tensors, such as {narrow[0]})"
         )

@@ -1,29 +1,35 @@
-"""Verify: read a result again, against its manifest and, where they are still there, against the models it
-was made from.
-"""
+"""Verify: compare a result, read from the disk, with its manifest and with its virtual model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.delta.arithmetic import Formula
-from pipeline.delta.check import check_files, check_shards
-from pipeline.delta.disk import Io
-from pipeline.delta.explain import explain
-from pipeline.delta.journal import Journal
-from pipeline.delta.making import Receipt
-from pipeline.delta.plan import Plan, make_plan
-from pipeline.delta.stream import Stream
-from pipeline.delta.subtract import ARITHMETIC_VERSION, Progress
+import numpy as np
+from blake3 import blake3
+
+from pipeline.context import Progress
+from pipeline.delta.explain import changed_inputs, explain
+from pipeline.delta.manifest import ARITHMETIC_VERSION, read_manifest
+from pipeline.delta.match import is_recomputed
+from pipeline.delta.virtual import Virtual, open_virtual
 from pipeline.errors import InputError
+from pipeline.weights import stream
 from pipeline.weights.digest import content_digest
-from pipeline.weights.open import open_source
-from pipeline.weights.safetensors import SafetensorsSource
+from pipeline.weights.floats import count_not_finite
+from pipeline.weights.formats.layout import read_index
+from pipeline.weights.formats.safetensors import INDEX, SafetensorsSource
+from pipeline.weights.io.direct import Io
+from pipeline.weights.journal import Journal
 from pipeline.weights.shard import parse_size
-from pipeline.weights.source import TensorSource
+from pipeline.weights.slices import SliceReader, room_for
+from pipeline.weights.source import DTYPE_BYTES, TensorInfo
+
+Digests = Mapping[str, Mapping[str, str]]
+"""{file: {tensor: blake3 of its bytes}}."""
 
 
 class Verdict(NamedTuple):
@@ -32,9 +38,7 @@ class Verdict(NamedTuple):
     problems: list[str]
     """Each names what differs; empty: the result is what it should be."""
     notes: list[str]
-    """Why the result could not be compared with its inputs: these are no longer there, or another version of
-    flearn made it.
-    """
+    """Why the result could not be compared with its inputs: they have gone, or another flearn made it."""
     unfinished: str = ""
     """Of a result that is not finished: how far it is."""
 
@@ -60,66 +64,91 @@ def verify(
     """Check the result in `out`: every file, every tensor's bytes, and that they are base - scale * (tuned -
     base).
 
-    An unfinished result's finished shards are checked, too. Of a finished one of another version of flearn,
-    whose arithmetic or digests may be others, only the bytes are. Raises InputError if `out` is no result of
-    `subtract`.
+    Of an unfinished result, the finished shards are checked. Of one that another version of flearn made, only
+    the bytes are, for its arithmetic or its digests may be others. Raises InputError if `out` is no result of
+    `subtract`, or `memory` is too little.
     """
-    journal = Journal(out)
-    manifest = journal.manifest
+    memory_bytes, progress = parse_size(memory), progress or Progress("", shown=False)
+    manifest = read_manifest(out)
     if manifest is None:
-        return _verify_unfinished(journal, io)
-    num_bytes, shards = manifest["num_bytes"], _tensors_by_file(manifest)
-
-    def report(num_done: int) -> None:
-        if progress is not None:
-            progress(num_done, 2 * num_bytes)
-
-    problems = [*check_files(out, shards, manifest.get("extras", {})), *_equals_base(manifest)]
-    differing = check_shards(out, shards, io, lambda num_read: report(num_bytes * num_read // len(shards)))
-    compared = _against_inputs(
-        out, manifest, differing, parse_size(memory), io, lambda num_done: report(num_bytes + num_done)
-    )
-    return Verdict(problems + compared.problems, compared.notes)
+        return _verify_unfinished(Journal(out), memory_bytes, io, progress)
+    problems = [*_check_files(out, manifest), *_equals_base(manifest)]
+    notes, changed = _compare_inputs(manifest)
+    with ExitStack() as stack:
+        virtual = None
+        if not notes and not changed:
+            virtual = stack.enter_context(closing(_open_virtual(manifest["recipe"], io)))
+        checking = _Checking(_tensors_by_file(manifest), manifest["tensors"], virtual, io, memory_bytes)
+        problems += checking.run(out, progress)
+    return Verdict([*problems, *changed], notes)
 
 
-def _verify_unfinished(journal: Journal, io: Io) -> Verdict:
+def _open_virtual(recipe: Mapping[str, Any], io: Io) -> Virtual:
+    base, tuned = recipe["base"]["path"], recipe["tuned"]["path"]
+    rounding, seed = recipe["rounding"], recipe.get("seed", 0)
+    return open_virtual(base, tuned, recipe["scale"], recipe["dtype"], rounding, seed, io)
+
+
+def _verify_unfinished(journal: Journal, memory_bytes: int, io: Io, progress: Progress) -> Verdict:
     if journal.recipe is None:
         inside = journal.out / "model"  # where a run's `forget` stage has it
-        if Journal(inside).manifest is not None:
+        if read_manifest(inside) is not None:
             raise InputError(f"{journal.out}: holds no result itself; verify {inside}")
         raise InputError(
-            f"{journal.out}: holds no result of `flearn delta subtract` (its manifest.json is absent, damaged or another program's)"
+            f"{journal.out}: holds no result of `flearn delta subtract`"
+            " (its manifest.json is absent, damaged or another program's)"
         )
     if not _is_of_this_version(journal.recipe):
-        again = f"delete {journal.out} and run the command again"
-        return Verdict(
-            [],
-            [],
-            f"not finished, and begun by another version of flearn, which this one cannot go on with: {again}",
-        )
+        begun = "not finished, and begun by another version of flearn, which this one cannot go on with"
+        return Verdict([], [], f"{begun}: delete {journal.out} and run the command again")
     shards = {
         file: {name: noted["blake3"] for name, noted in receipt.items()}
         for file, receipt in journal.receipts().items()
     }
-    differing = check_shards(journal.out, shards, io, lambda num_read: None)
+    differing = _Checking(shards, {}, None, io, memory_bytes).run(journal.out, progress)
     done = f"not finished, {len(shards)} shards are done{'' if differing else ' and as they were written'}"
-    return Verdict([*differing.values()], [], f"{done}; run the same command again, it goes on from there")
+    return Verdict(differing, [], f"{done}; run the same command again, it goes on from there")
 
 
-def _is_of_this_version(recipe: dict[str, Any]) -> bool:
+def _is_of_this_version(recipe: Mapping[str, Any]) -> bool:
     """Whether the recipe's digests mean what this version's do, and its inputs give the same bytes."""
     return bool(recipe.get("version") == ARITHMETIC_VERSION)
 
 
-def _tensors_by_file(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """{file: {tensor: blake3}}."""
+def _tensors_by_file(manifest: Mapping[str, Any]) -> Digests:
     shards: dict[str, dict[str, str]] = {shard["file"]: {} for shard in manifest["shards"]}
     for name, tensor in manifest["tensors"].items():
         shards[tensor["file"]][name] = tensor["blake3"]
     return shards
 
 
-def _equals_base(manifest: dict[str, Any]) -> Iterator[str]:
+def _check_files(out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Files that do not belong, a config or tokenizer that has changed, and an index that leads elsewhere."""
+    shards = _tensors_by_file(manifest)
+    for path in sorted(out.glob("*.safetensors")):
+        if path.name not in shards:
+            yield f"{path.name}: is not in the manifest"
+    for name, digest in manifest.get("extras", {}).items():
+        if not (out / name).is_file():
+            yield f"{name}: is missing"
+        elif blake3((out / name).read_bytes()).hexdigest() != digest:
+            yield f"{name}: its bytes are not those that were written"
+    if len(shards) == 1:
+        return
+    try:
+        weight_map = read_index(out / INDEX)
+    except OSError as error:
+        yield f"{INDEX}: cannot be read ({type(error).__name__})"
+        return
+    except InputError as error:
+        yield str(error)
+        return
+    right = {name: file for file, tensors in shards.items() for name in tensors}
+    for name in sorted({name for name, _ in weight_map.items() ^ right.items()}):
+        yield f"{INDEX}: says that {name} lies in {weight_map.get(name)}; it lies in {right.get(name)}"
+
+
+def _equals_base(manifest: Mapping[str, Any]) -> Iterator[str]:
     survival = manifest["survival"]
     if manifest["recipe"].get("undoes"):  # a 16-bit base may well equal the rounded theta'
         return
@@ -127,99 +156,124 @@ def _equals_base(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"the result equals its base: every change was lost in {manifest['dtype']}"
 
 
-def _against_inputs(
-    out: Path,
-    manifest: dict[str, Any],
-    differing: Mapping[str, str],
-    memory_bytes: int,
-    io: Io,
-    on_progress: Callable[[int], None],
-) -> Verdict:
-    """Compute the result again, and say of tensors that differ in what way."""
+def _compare_inputs(manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Why the result cannot be computed again, and which inputs have changed as far as their digests see
+    it.
+    """
     recipe = manifest["recipe"]
     if not _is_of_this_version(recipe):
-        return Verdict([*differing.values()], ["it was made by another version of flearn"])
-    verdict = Verdict([], [])
+        return ["it was made by another version of flearn"], []
+    gone, changed = [], []
     for role in ("base", "tuned"):
         path = Path(recipe[role]["path"])
         if not path.exists():
-            verdict.notes.append(f"the {role} model {path} is not there")
+            gone.append(f"the {role} model {path} is not there")
         elif content_digest(path) != recipe[role]["digest"]:
-            verdict.problems.append(f"the {role} model {path} has changed since the result was made")
-    if verdict.notes or verdict.problems:
-        return Verdict([*differing.values(), *verdict.problems], verdict.notes)
-    formula = Formula(recipe["scale"], recipe["rounding"], recipe.get("seed", 0))
-    with (
-        closing(open_source(recipe["base"]["path"])) as base,
-        closing(open_source(recipe["tuned"]["path"], base=base)) as tuned,
-    ):
-        plan = make_plan(base, tuned, recipe["dtype"], recipe["max_shard_bytes"])
-        receipts: Receipt = {}
-        stream = Stream(plan, base, tuned, formula, memory_bytes, io)
-        stream.run(
-            plan.shards,
-            lambda shard: _Nowhere(),
-            lambda shard, receipt: receipts.update(receipt),
-            on_progress,
-        )
-        for name, noted in receipts.items():
-            right = manifest["tensors"].get(name, {})
-            changed = [
-                role
-                for role, digest in noted["inputs"].items()
-                if digest != right.get("inputs", {}).get(role, digest)
-            ]
-            verdict.problems.extend(
-                f"{name}: the {role} model has changed since the result was made" for role in changed
+            changed.append(f"the {role} model {path} has changed since the result was made")
+    return gone, changed
+
+
+class _Checking:
+    """Compares the tensors of a result with their digests and their virtual model, on a few threads."""
+
+    def __init__(
+        self,
+        shards: Digests,
+        noted: Mapping[str, Any],
+        virtual: Virtual | None,
+        io: Io,
+        memory_bytes: int,
+    ) -> None:
+        """`noted`: what the manifest says of each tensor. Raises InputError if `memory_bytes` is too
+        little.
+        """
+        self._shards = shards
+        self._noted = noted
+        self._virtual = virtual
+        self._io = io
+        computing = 0 if virtual is None else virtual.thread_bytes + stream.CHUNK_BYTES
+        per_thread = room_for(stream.CHUNK_BYTES) + computing
+        self._num_threads = min(stream.MAX_THREADS, memory_bytes // per_thread)
+        if self._num_threads == 0:
+            needed = f"{(per_thread >> 20) + 1}MiB"
+            raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {needed}")
+
+    def run(self, out: Path, progress: Progress) -> list[str]:
+        """All problems of the shards in `out`."""
+        problems: list[str] = []
+        with ExitStack() as stack:
+            jobs: list[tuple[SafetensorsSource, SliceReader, TensorInfo, str]] = []
+            for file, digests in self._shards.items():
+                source, wrong = _open_shard(out / file, digests)
+                problems += wrong
+                if source is None:
+                    continue
+                stack.enter_context(closing(source))
+                reader = stack.enter_context(closing(SliceReader(source, self._io, may_use_cache=False)))
+                for name in digests.keys() & source.tensors.keys():
+                    jobs.append((source, reader, source.tensors[name], digests[name]))
+            progress.start(sum(info.num_bytes for _, _, info, _ in jobs))
+            stack.enter_context(nullcontext() if self._virtual is None else self._virtual.many_threads())
+            pool = ThreadPoolExecutor(self._num_threads)
+            stack.callback(
+                pool.shutdown, cancel_futures=True
+            )  # an interruption waits for few tensors, not for all
+            for job, found in zip(jobs, pool.map(lambda job: self._check(*job), jobs), strict=True):
+                problems += found
+                progress.advance(job[2].num_bytes)
+        return problems
+
+    def _check(
+        self, source: SafetensorsSource, reader: SliceReader, info: TensorInfo, right: str
+    ) -> list[str]:
+        """What is wrong with one tensor, in at most a line or two."""
+        virtual = self._virtual if self._is_as_planned(info) else None
+        digest, num_not_finite, is_equal = blake3(), 0, True
+        num_at_once = stream.CHUNK_BYTES // DTYPE_BYTES[info.dtype]
+        for start in range(0, info.num_elements, num_at_once):
+            stop = min(start + num_at_once, info.num_elements)
+            found = reader.read(info.name, start, stop)
+            digest.update(found.view(np.uint8).data)
+            if info.is_floating and not is_recomputed(info):
+                num_not_finite += count_not_finite(found)
+            if virtual is not None and is_equal:
+                computed = virtual.read(info.name, start, stop)
+                is_equal = np.array_equal(found.view(np.uint8), computed.view(np.uint8))
+        wrong = ["is empty"] if info.num_elements == 0 else []
+        if num_not_finite:
+            wrong.append(f"{num_not_finite} elements are NaN or infinite")
+        if digest.hexdigest() != right:
+            wrong.append("its bytes are not those that were written")
+        problem = f"{info.name} in {source.path.name}: {', '.join(wrong)}"
+        if virtual is None:
+            return [problem] if wrong else []
+        if is_equal:
+            return (
+                [f"{problem}: it holds the right values; its digest in the manifest is wrong"]
+                if wrong
+                else []
             )
-            if not changed and noted["blake3"] != right.get("blake3"):
-                verdict.problems.append(
-                    f"{name}: the manifest's digest is not that of base - scale * (tuned - base)"
-                )
-        verdict.problems.extend(_explained(out, manifest, differing, plan, base, tuned, formula))
-    return verdict
+        changed = changed_inputs(virtual, info, self._noted[info.name].get("inputs", {}))
+        if changed:
+            return [*changed, *([problem] if wrong else [])]
+        if wrong:
+            return [f"{problem}: {explain(info.name, source, virtual)}"]
+        return [f"{info.name}: the manifest's digest is not that of base - scale * (tuned - base)"]
+
+    def _is_as_planned(self, info: TensorInfo) -> bool:
+        """Whether a tensor has the shape and dtype that it should have: else there is nothing to compare."""
+        return self._virtual is not None and self._virtual.tensors.get(info.name) == info
 
 
-class _Nowhere:
-    """An output that keeps nothing: only the receipts matter."""
-
-    def write_pages(self, view: memoryview, num_bytes: int, offset: int) -> None:
-        pass
-
-    def commit(self) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
-
-
-def _explained(
-    out: Path,
-    manifest: dict[str, Any],
-    differing: Mapping[str, str],
-    plan: Plan,
-    base: TensorSource,
-    tuned: TensorSource,
-    formula: Formula,
-) -> Iterator[str]:
-    for name, problem in differing.items():
-        stored = _open_as_planned(out, manifest, plan, name)
-        if stored is None:
-            yield problem
-            continue
-        with closing(stored):
-            yield f"{problem}: {explain(plan.items[name], stored, base, tuned, formula)}"
-
-
-def _open_as_planned(out: Path, manifest: dict[str, Any], plan: Plan, name: str) -> SafetensorsSource | None:
-    """The file that holds the tensor `name`, or None if it does not, or not in the shape and dtype that it
-    should have.
-    """
+def _open_shard(path: Path, digests: Mapping[str, str]) -> tuple[SafetensorsSource | None, list[str]]:
+    """A shard, and what is wrong with the list of its tensors."""
+    if not path.is_file():
+        return None, [f"{path.name}: is missing"]
     try:
-        source = SafetensorsSource(out / manifest["tensors"][name]["file"])
-    except (KeyError, InputError):
-        return None
-    if name in plan.items and source.tensors.get(name) == plan.items[name].info:
-        return source
-    source.close()
-    return None
+        source = SafetensorsSource(path)
+    except InputError as error:
+        return None, [str(error)]
+    wrong = []
+    for name in sorted(digests.keys() ^ source.tensors.keys()):
+        wrong.append(f"{name}: is {'missing from' if name in digests else 'a stranger in'} {path.name}")
+    return source, wrong

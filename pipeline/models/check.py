@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import (
 
 from pipeline.errors import InputError
 from pipeline.models.load import empty_model
-from pipeline.weights.open import open_source
-from pipeline.weights.writer import find_extras
+from pipeline.weights.extras import find_extras
+from pipeline.weights.formats.open import open_source
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -17,9 +17,11 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from pipeline.artifact import Artifact
+from pipeline.delta.virtual import adapted
 from pipeline.errors import InputError
-from pipeline.weights.conversions import align_to_model
-from pipeline.weights.open import open_source
+from pipeline.weights.floats import as_tensor
+from pipeline.weights.formats.open import open_source
+from pipeline.weights.names import align_to_model
 from pipeline.weights.source import TensorSource
 
 _SLICE_ELEMENTS = 1 << 22
@@ -34,7 +36,8 @@ def open_weights(artifact: Artifact) -> TensorSource:
     path = Path(artifact.model_path)
     if artifact.result["model_kind"] == "folder":
         return open_source(path)
-    return open_source(path, base=open_weights(artifact.input("model")))
+    base = open_weights(artifact.input("model"))
+    return adapted(base, path) if artifact.result["model_kind"] == "adapter" else open_source(path, base)
 
 
 def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
@@ -115,4 +118,4 @@ def fill(model: torch.nn.Module, source: TensorSource) -> None:
 def _copy(source: TensorSource, name: str, flat: torch.Tensor) -> None:
     for start in range(0, flat.numel(), _SLICE_ELEMENTS):
         stop = min(start + _SLICE_ELEMENTS, flat.numel())
-        flat[start:stop].copy_(source.read(name, start, stop))
+        flat[start:stop].copy_(as_tensor(source.read(name, start, stop), source.tensors[name].dtype))

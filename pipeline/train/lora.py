@@ -11,6 +11,7 @@ import torch
 
 from pipeline.config import LoraTraining
 from pipeline.errors import InputError
+from pipeline.weights.floats import Array
 from pipeline.weights.source import TensorInfo
 
 if TYPE_CHECKING:
@@ -103,8 +104,15 @@ class InitialAdapter:
         self.aliases: dict[str, str] = {}
         self._seed = seed
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened matrix."""
+    def read(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        """As `TensorSource.read`."""
+        values = self._values(name, start, stop).numpy()
+        if out is None:
+            return values
+        out[:] = values
+        return out
+
+    def _values(self, name: str, start: int, stop: int) -> torch.Tensor:
         info = self.tensors[name]
         if ".lora_B." in name:
             return torch.zeros(stop - start)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from pipeline.weights.floats import as_tensor
 from pipeline.weights.source import TensorSource
 
 _SLICE_ELEMENTS = 1 << 22
@@ -116,7 +117,8 @@ def _copy(binding: Binding, span: Span) -> None:
     for begin in range(0, span.values.numel(), _SLICE_ELEMENTS):
         piece = span.values[begin : begin + _SLICE_ELEMENTS]
         start = span.start + begin
-        piece.copy_(binding.source.read(binding.name, start, start + piece.numel()))
+        read = binding.source.read(binding.name, start, start + piece.numel())
+        piece.copy_(as_tensor(read, binding.source.tensors[binding.name].dtype))
 
 
 @contextmanager

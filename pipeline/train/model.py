@@ -12,7 +12,8 @@ import torch
 from pipeline.errors import InputError
 from pipeline.models.load import empty_model
 from pipeline.train.masters import Binding
-from pipeline.weights.conversions import align_to_model
+from pipeline.weights.floats import as_tensor
+from pipeline.weights.names import align_to_model
 from pipeline.weights.source import TensorSource
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def bind(model: torch.nn.Module, source: TensorSource) -> list[Binding]:
         if isinstance(tensor, torch.nn.Parameter):
             bindings[tensor] = Binding(tensor, source, name)
         else:
-            tensor.view(-1).copy_(source.read(name, 0, info.num_elements))
+            tensor.view(-1).copy_(as_tensor(source.read(name, 0, info.num_elements), info.dtype))
     missing = [name for name, parameter in model.named_parameters() if parameter not in bindings]
     if missing:
         raise InputError(f"{source.kind}: no weights for {', '.join(missing)}")

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.config import LoraTraining
-from pipeline.weights.safetensors import SafetensorsSource
+from pipeline.weights.formats.safetensors import SafetensorsSource
 
 
 def require(folder: Path, settings: LoraTraining) -> None:

@@ -1,3 +1,1 @@
-"""Tensor sources: anything that yields named tensors slice by slice, read in place and never whole; and the
-writer.
-"""
+"""Tensors on disk: sources that are read in slices and never whole, and the one writer of model folders."""

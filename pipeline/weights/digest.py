@@ -1,5 +1,4 @@
-"""A digest of what a file or folder holds, wherever it lies: it decides whether an earlier result is still
-the right one.
+"""A digest of what a file or folder holds, wherever it lies: it decides whether a result is still right.
 
 Weights are sampled, so that planning a 7B experiment reads megabytes, not gigabytes.
 """
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.weights.pread import PreadFile
-from pipeline.weights.safetensors import read_header
+from pipeline.weights.formats.safetensors import read_header
+from pipeline.weights.io.pread import PreadFile
 
 _MIB = 1 << 20
 _SMALL_FILE_BYTES = 8 * _MIB

@@ -1,24 +1,23 @@
-"""Safetensors files being written: which tensors go into which shard, and one shard written slice by
-slice.
+"""Shards: which tensors go into which safetensors file, and where in it each of their bytes lies.
+
+A file that does not exist yet is known to the byte. So any worker can write any part of it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import threading
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import InputError
-from pipeline.weights.aside import AsideFile
-from pipeline.weights.safetensors import SINGLE, TAG_OF_DTYPE
+from pipeline.weights.formats.safetensors import SINGLE, TAG_OF_DTYPE
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
-
-if TYPE_CHECKING:
-    import torch
 
 _UNITS = {
     "": 1,
@@ -35,8 +34,9 @@ _UNITS = {
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size like `2GB` (10**9), `256MiB` (2**20) or a plain number. Raises InputError for anything
-    else and for 0.
+    """Bytes of a size like `2GB` (10**9), `256MiB` (2**20) or a plain number.
+
+    Raises InputError for anything else, and for 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     unit = _UNITS.get(match[2].upper()) if match else None
@@ -46,6 +46,21 @@ def parse_size(text: str | int) -> int:
     return size
 
 
+class Part(NamedTuple):
+    """Elements [start, stop) of a tensor, which begin `position` bytes after the range that was asked for."""
+
+    tensor: TensorInfo
+    start: int
+    stop: int
+    position: int
+    """Below 0 where the range begins inside an element."""
+
+    @property
+    def end(self) -> int:
+        """Where its bytes end, counted like `position`."""
+        return self.position + (self.stop - self.start) * DTYPE_BYTES[self.tensor.dtype]
+
+
 @dataclass(frozen=True)
 class Shard:
     """One safetensors file to be: its name and its tensors in the order of their bytes."""
@@ -53,18 +68,43 @@ class Shard:
     file_name: str
     tensors: tuple[TensorInfo, ...]
 
-    @property
+    @cached_property
     def header(self) -> bytes:
+        """All that comes before the tensors' bytes."""
         return header_bytes(self.tensors)
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        """The byte of the file at which each tensor begins, and in the end the size of the file."""
+        sizes = (info.num_bytes for info in self.tensors)
+        return list(accumulate(sizes, initial=len(self.header)))
 
     @property
     def num_bytes(self) -> int:
         """The size of the whole file."""
-        return len(self.header) + sum(info.num_bytes for info in self.tensors)
+        return self._begins[-1]
+
+    def locate(self, first_byte: int, last_byte: int) -> list[Part]:
+        """The elements that have any of the file's bytes from `first_byte` up to, not including, `last_byte`.
+
+        In their order. Bytes before `len(header)` belong to none.
+        """
+        parts = []
+        for i in range(max(0, bisect_right(self._begins, first_byte) - 1), len(self.tensors)):
+            tensor, begin = self.tensors[i], self._begins[i]
+            if begin >= last_byte:
+                break
+            size = DTYPE_BYTES[tensor.dtype]
+            start = max(0, first_byte - begin) // size
+            stop = -(-min(last_byte - begin, tensor.num_bytes) // size)
+            if start < stop:  # not so for an empty tensor
+                parts.append(Part(tensor, start, stop, begin + start * size - first_byte))
+        return parts
 
     def is_written(self, folder: Path) -> bool:
-        """Whether `folder` has this very file: right size, right header. (A shard is renamed into place only
-        when whole.)
+        """Whether `folder` has this very file: right size, right header.
+
+        That is enough, for a shard is renamed into place only when it is whole.
         """
         path = folder / self.file_name
         if not path.is_file() or path.stat().st_size != self.num_bytes:
@@ -74,8 +114,9 @@ class Shard:
 
 
 def plan_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int) -> list[Shard]:
-    """Fill shards in the given order, up to `max_shard_bytes` of tensors each; a larger tensor has a shard of
-    its own.
+    """Fill shards in the given order, up to `max_shard_bytes` of tensors each.
+
+    A larger tensor has a shard of its own.
 
     Names are the Hugging Face hub's: `model.safetensors`, or `model-00001-of-00003.safetensors`.
     """
@@ -96,9 +137,7 @@ def plan_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int) -> list[Sha
 
 
 def aligned(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
-    """The tensors with wider dtypes first, else in the given order: so that each begins at a multiple of its
-    element's size.
-    """
+    """The tensors with wider dtypes first: so each begins at a multiple of its element's size."""
     return tuple(sorted(tensors, key=lambda info: -DTYPE_BYTES[info.dtype]))
 
 
@@ -126,46 +165,3 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
     weight_map = {info.name: shard.file_name for shard in shards for info in shard.tensors}
     total_size = sum(info.num_bytes for shard in shards for info in shard.tensors)
     return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-class ShardWriter(AsideFile):
-    """One safetensors file in the making, for any threads to write slices into. Used as a context manager
-    (see `AsideFile`).
-    """
-
-    def __init__(self, path: Path, tensors: Iterable[TensorInfo]) -> None:
-        """Raises OSError (ENOSPC, with the file's name) if the disk is too full."""
-        self.tensors = aligned(tensors)
-        self._infos = {info.name: info for info in self.tensors}
-        self._offsets: dict[str, int] = {}
-        header = header_bytes(self.tensors)
-        offset = len(header)
-        for info in self.tensors:
-            self._offsets[info.name] = offset
-            offset += info.num_bytes
-        self._missing_bytes = offset - len(header)
-        self._lock = threading.Lock()
-        super().__init__(path, offset)
-        self.write(memoryview(header), 0)
-
-    def write_slice(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Put `values` (1-D, the tensor's dtype) at elements [start, start + len) of the flattened tensor
-        `name`. Each element once.
-        """
-        import torch
-
-        info = self._infos[name]
-        assert (
-            values.dtype == getattr(torch, info.dtype)
-            and start >= 0
-            and start + values.numel() <= info.num_elements
-        ), name
-        view = values.contiguous().view(torch.uint8).numpy().data
-        self.write(view, self._offsets[name] + start * DTYPE_BYTES[info.dtype])
-        with self._lock:
-            self._missing_bytes -= len(view)
-
-    def commit(self) -> None:
-        """Sync the file and rename it into place. Every element must have been written."""
-        assert self._missing_bytes == 0, f"{self.path}: {self._missing_bytes} bytes were never written"
-        super().commit()

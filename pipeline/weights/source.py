@@ -1,18 +1,18 @@
 """What a tensor source is: named tensors, read in flat slices, whatever they lie in.
 
-A safetensors folder, a ZeRO checkpoint, an adapter on its base, and theta - lambda * (tuned - theta) itself
-are all sources, so whatever is done with one (write it, verify it, load it into a running engine) is written
-once.
+A safetensors folder, a ZeRO checkpoint, and theta' itself (`pipeline/delta/virtual.py`) are all sources.
+So writing one, verifying one, and loading one into a running engine are each written once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    import torch
+    from pipeline.weights.floats import Array
 
 Dtype = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
@@ -57,7 +57,7 @@ class TensorSource(Protocol):
     """Named tensors that are read slice by slice; safe to read from several threads at once."""
 
     kind: str
-    """What it lies in: `safetensors`, `zero-2`, `adapter`, ..."""
+    """What it lies in: `safetensors`, `zero-2`, `virtual`, ..."""
 
     tensors: dict[str, TensorInfo]
     """Every tensor once, under the Hugging Face hub's name, in the order it is best read in."""
@@ -65,14 +65,29 @@ class TensorSource(Protocol):
     aliases: dict[str, str]
     """Names that are the same memory as another (tied weights): {alias: owner}. Not in `tensors`."""
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the tensor, flattened in C order: a 1-D tensor of its stored dtype. An
-        alias reads its owner.
+    def read(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        """Elements [start, stop) of the tensor, flattened in C order. An alias reads its owner.
 
-        The result may share a buffer with the source's file and must not be written to.
+        Args:
+            out: Where to put them: 1-D, contiguous, of the tensor's dtype and `stop - start` elements.
+
+        Returns:
+            `out`, or a new 1-D array: numpy's dtype of the stored one, and uint16 for bfloat16 (see
+            `floats`).
+
+        Raises:
+            InputError: The bytes cannot be had, or a weight is not a finite number where that is looked at.
         """
         ...
 
     def close(self) -> None:
-        """Let go of files and mappings."""
+        """Let go of files."""
         ...
+
+
+def main_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """The floating-point dtype of most of the elements: what `config.json` calls the model's dtype."""
+    count: dict[str, int] = {}
+    for info in tensors:
+        count[info.dtype] = count.get(info.dtype, 0) + (info.num_elements if info.is_floating else 0)
+    return max(count, key=lambda dtype: count[dtype])

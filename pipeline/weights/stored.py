@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import InputError
-from pipeline.weights.pread import PreadFile
+from pipeline.weights.io.pread import PreadFile
 from pipeline.weights.source import DTYPE_BYTES, TensorInfo
 
 if TYPE_CHECKING:
-    import torch
+    from pipeline.weights.floats import Array
 
 
 class Piece(NamedTuple):
@@ -31,9 +31,9 @@ class Piece(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """Consecutive bytes of a file."""
+    """Consecutive bytes of an open file."""
 
-    path: Path
+    file: PreadFile
     offset: int
     num_bytes: int
 
@@ -70,23 +70,25 @@ class StoredTensor:
             start += taken
             index += 1
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) as a new 1-D tensor."""
-        import torch  # not with the module: most of what is done with stored tensors needs none
+    def read(self, start: int, stop: int, out: Array | None = None) -> Array:
+        """Elements [start, stop) in `out`, or in a new 1-D array."""
+        # Not with the module: planning an experiment opens files, and must not wait for numpy.
+        import numpy as np
 
-        values = torch.empty(stop - start, dtype=getattr(torch, self.dtype))
-        done = 0
-        for piece in self._cut(start, stop):
-            piece.file.read_into(values[done : done + piece.num_elements], piece.offset)
-            done += piece.num_elements
+        from pipeline.weights.floats import array_dtype
+
+        values = np.empty(stop - start, array_dtype(self.dtype)) if out is None else out
+        view, done = values.view(np.uint8).data, 0
+        for extent in self.locate(start, stop):
+            extent.file.fill(view[done : done + extent.num_bytes], extent.offset)
+            done += extent.num_bytes
         return values
 
     def locate(self, start: int, stop: int) -> list[Extent]:
         """Where the bytes of elements [start, stop) lie, in order."""
         size = DTYPE_BYTES[self.dtype]
         return [
-            Extent(piece.file.path, piece.offset, piece.num_elements * size)
-            for piece in self._cut(start, stop)
+            Extent(piece.file, piece.offset, piece.num_elements * size) for piece in self._cut(start, stop)
         ]
 
 
@@ -97,7 +99,8 @@ def join(tensors: Iterable[StoredTensor]) -> StoredTensor:
         if part.dtype != parts[0].dtype:
             where = next(piece.file.path for piece in part.pieces)
             raise InputError(
-                f"{where}: holds {part.dtype} where files beside it hold {parts[0].dtype}; files of different saves are mixed"
+                f"{where}: holds {part.dtype} where files beside it hold {parts[0].dtype};"
+                " files of different saves are mixed"
             )
     return StoredTensor(parts[0].dtype, tuple(piece for part in parts for piece in part.pieces))
 
@@ -115,14 +118,16 @@ class StoredSource:
         self._files: list[PreadFile] = []
 
     def add(self, name: str, shape: tuple[int, ...], stored: StoredTensor) -> None:
-        """Enter a tensor. Raises InputError if its shape and what is stored differ in size, or its name
-        cannot be printed.
+        """Enter a tensor.
+
+        Raises InputError if its shape and what is stored differ in size, or its name cannot be printed.
         """
         self._require_printable(name)
         info = TensorInfo(name, shape, stored.dtype)
         if stored.num_elements != info.num_elements:
             raise InputError(
-                f"{self.path}: {name!r} of shape {shape} has {stored.num_elements} elements; the files are damaged or mixed"
+                f"{self.path}: {name!r} of shape {shape} has {stored.num_elements} elements;"
+                " the files are damaged or mixed"
             )
         self.tensors[name] = info
         self._stored[name] = stored
@@ -133,27 +138,25 @@ class StoredSource:
         self.aliases[alias] = owner
 
     def _require_printable(self, name: object) -> None:
-        """A name goes into headers, messages and terminals: no control characters, no halves of surrogate
-        pairs.
-        """
+        """A name goes into headers, messages and terminals: no control characters, no surrogates."""
         if not isinstance(name, str) or not name.isprintable():
             raise InputError(
-                f"{self.path}: a tensor is named {name!r}, which is not printable text; the file is damaged or hostile"
+                f"{self.path}: a tensor is named {name!r}, which is not printable text;"
+                " the file is damaged or hostile"
             )
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, in its stored dtype: a new 1-D tensor. An alias
-        reads its owner.
-        """
-        return self._stored[self.aliases.get(name, name)].read(start, stop)
+    def read(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+        """As `TensorSource.read`, through the page cache (`slices.SliceReader` goes past it)."""
+        return self._stored[self.aliases.get(name, name)].read(start, stop, out)
 
     def locate(self, name: str, start: int, stop: int) -> list[Extent]:
         """The files and byte ranges that hold elements [start, stop) of the flattened tensor, in order."""
         return self._stored[self.aliases.get(name, name)].locate(start, stop)
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call tensors and aliases by the names that `names` has for them; others keep theirs. It must be one
-        to one.
+        """Call tensors and aliases by the names that `names` has for them; others keep theirs.
+
+        It must be one to one.
         """
         renamed = {names.get(name, name): name for name in [*self.tensors, *self.aliases]}
         assert len(renamed) == len(self.tensors) + len(self.aliases), names

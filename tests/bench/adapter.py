@@ -1,8 +1,9 @@
-"""Subtracting a LoRA adapter of a high rank on one large weight: the command's time and peak memory, as one
-JSON line.
+"""Subtracting a LoRA adapter of a high rank on one large weight: time and peak memory, as one JSON line.
 
-python tests/bench/adapter.py                                        # as of an lm_head of Qwen's vocabulary
-python tests/bench/adapter.py --out-features 4096 --in-features 4096 --rank 16
+    python tests/bench/adapter.py       # as of an lm_head of Qwen's vocabulary
+    python tests/bench/adapter.py --out-features 4096 --in-features 4096 --rank 16
+
+What importing torch takes stands beside it, for the products are torch's.
 """
 
 from __future__ import annotations

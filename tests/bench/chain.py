@@ -1,10 +1,9 @@
-"""Submitting a sweep of two lambdas to SLURM, against bare sbatch; and `flearn status` on them, against bare
-squeue: one JSON line.
+"""Submitting a sweep to SLURM against bare sbatch, and `flearn status` against bare squeue: one JSON line.
 
-    python tests/bench/chain.py        # on a one-box cluster of its own: root, and the packages that
-    slurm/dev/cluster.sh names
+    python tests/bench/chain.py     # on a one-box cluster that it makes
 
-The jobs wait in the queue, held back by one that takes both nodes, so that what is timed is not their work.
+That needs root, and the packages that slurm/dev/cluster.sh names. The sweep has two lambdas. Its jobs wait in
+the queue, held back by one that takes both nodes, so that what is timed is not their work.
 """
 
 from __future__ import annotations

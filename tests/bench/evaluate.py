@@ -1,7 +1,7 @@
 """Batched token + generation evaluation against record by record: prints one JSON line.
 
-    python tests/bench/evaluate.py [--facts zsre_mend_3000.json] [--model FOLDER] [--limit 128] [--batch-size
-    32]
+    python tests/bench/evaluate.py
+    python tests/bench/evaluate.py --facts zsre_mend_3000.json --model FOLDER --limit 128 --batch-size 32
 
 Both sides ask the same of the same model: the naive one takes one question at a time through `model.generate`
 and one full forward pass for each answer. They take turns on slices of the records, since other work may

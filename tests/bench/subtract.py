@@ -1,9 +1,10 @@
-"""How fast subtraction runs, against moving the same bytes with the same I/O and no arithmetic: prints one
-JSON line.
+"""How fast subtraction runs, against moving the same bytes by the same I/O without arithmetic: one JSON line.
 
-python tests/bench/subtract.py                     # a small model python tests/bench/subtract.py --layers 22
-# 1.1B weights: 2 x 2.2 GB read, 2.2 GB written python tests/bench/subtract.py --mergekit DIR      # also
-mergekit-yaml of the environment whose bin folder is DIR
+    python tests/bench/subtract.py                  # a small model
+    python tests/bench/subtract.py --layers 22      # 1.1B weights: 2 x 2.2 GB read, 2.2 GB written
+    python tests/bench/subtract.py --mergekit DIR   # also mergekit-yaml; DIR is its environment's bin folder
+
+The ways take turns, and their medians are compared.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pathlib import Path
 import torch
 
 from pipeline.artifact import write_json
-from pipeline.delta.chunks import CHUNK_BYTES
-from pipeline.delta.disk import InputFile, Io, OutputFile, page_memory
-from pipeline.delta.page_cache import is_cached
-from pipeline.delta.stream import MAX_THREADS
 from pipeline.delta.subtract import subtract
-from pipeline.weights.shard import ShardWriter
+from pipeline.weights.floats import of_tensor
+from pipeline.weights.io.direct import InputFile, Io, is_cached, page_memory
+from pipeline.weights.io.pread import PreadFile
+from pipeline.weights.io.staged import StagedFile
+from pipeline.weights.shard import header_bytes
 from pipeline.weights.source import TensorInfo
+from pipeline.weights.stream import CHUNK_BYTES, MAX_THREADS
 
 HIDDEN, INNER, KEYS, VOCABULARY = 2048, 5632, 256, 32000
 
@@ -82,10 +84,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, int] = {"import_torch": watch([sys.executable, "-c", "import torch"])}
     for i in range(max(arguments.rounds, 1)):
-        names = [*ways][i % len(ways) :] + [*ways][
-            : i % len(ways)
-        ]  # a disk may be faster for a while after a rest
-        for name in names:
+        first = i % len(ways)  # a disk may be faster for a while after a rest
+        for name in [*ways][first:] + [*ways][:first]:
             shutil.rmtree(out, ignore_errors=True)
             settle([base, tuned], arguments.inputs)
             started = time.perf_counter()
@@ -127,18 +127,17 @@ def settle(models: list[Path], inputs: str) -> None:
 
 
 def write_model(folder: Path, num_layers: int, seed: int) -> None:
-    """A bf16 model of random weights; the tuned one (seed 1) differs from the base (seed 0) by a little
-    everywhere.
-    """
+    """A bf16 model of random weights; the tuned one (seed 1) differs a little from the base (seed 0)."""
     folder.mkdir()
     infos = [TensorInfo(name, shape, "bfloat16") for name, shape in _shapes(num_layers)]
-    with ShardWriter(folder / "model.safetensors", infos) as writer:
+    with (folder / "model.safetensors").open("wb") as file:  # tensor by tensor: all at once may be gigabytes
+        file.write(header_bytes(infos))
         for i, info in enumerate(infos):
             generator = torch.Generator().manual_seed(i)
             values = torch.randn(info.num_elements, generator=generator) * 0.02
             if seed:
                 values += torch.randn(info.num_elements, generator=generator) * 2e-4
-            writer.write_slice(info.name, 0, values.bfloat16())
+            file.write(of_tensor(values.bfloat16()).data)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -172,12 +171,13 @@ def _shapes(num_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 def move(base: Path, tuned: Path, out: Path, io: Io) -> None:
     """Read both models and write one, in the same chunks on as many threads."""
     out.mkdir()
-    sources = [InputFile(folder / "model.safetensors", io, may_use_cache=True) for folder in (base, tuned)]
+    paths = [folder / "model.safetensors" for folder in (base, tuned)]
+    sources = [InputFile(PreadFile(path), io, may_use_cache=True) for path in paths]
     num_bytes = (base / "model.safetensors").stat().st_size
     offsets = iter(range(0, num_bytes, CHUNK_BYTES))
     lock = threading.Lock()
 
-    def work(target: OutputFile) -> None:
+    def work(target: StagedFile) -> None:
         areas = [page_memory(CHUNK_BYTES) for _ in sources]
         while True:
             with lock:
@@ -186,17 +186,20 @@ def move(base: Path, tuned: Path, out: Path, io: Io) -> None:
                 return
             count = min(CHUNK_BYTES, num_bytes - offset)
             for source, area in zip(sources, areas, strict=True):
-                source.read_pages(area, offset, count) if source.is_direct else source.read(
-                    area[:count], offset
-                )
+                if source.is_direct:
+                    source.read_pages(area, offset, count)
+                else:
+                    source.read(area[:count], offset)
             target.write_pages(areas[0], count, offset)
 
-    with OutputFile(out / "model.safetensors", num_bytes, io) as target:
+    with StagedFile(out / "model.safetensors", num_bytes, io) as target:
         threads = [threading.Thread(target=work, args=(target,)) for _ in range(MAX_THREADS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+    for source in sources:
+        source.close()
 
 
 def run_command(base: Path, tuned: Path, out: Path, options: Mapping[str, str]) -> int:
@@ -253,9 +256,7 @@ def watch(command: list[object]) -> int:
 
 
 def timed(way: Callable[[], int]) -> tuple[float, int]:
-    """Seconds and MiB of something that returns its peak in bytes, begun when the disk has done what was left
-    to do.
-    """
+    """Seconds and MiB of something that returns its peak in bytes; it begins when the disk is idle."""
     os.sync()
     started = time.perf_counter()
     peak = way()

@@ -1,18 +1,15 @@
-"""Our training loop against a plain one, on 512 records and SmolLM2's architecture at 2 layers: prints one
-JSON line.
+"""Our training loop against a plain one, on 512 records and 2 layers of SmolLM2's size: prints one JSON line.
 
-    python tests/bench/train.py [--facts zsre_mend_3000.json] [--limit 512] [--batch-size 64]
-    [--micro-batch-size 16] [--precision fp32]
+    python tests/bench/train.py
+    python tests/bench/train.py --facts zsre_mend_3000.json --limit 512 --batch-size 64 --micro-batch-size 16
+    python tests/bench/train.py --precision fp32
 
-Ours: the loop that `flearn run` calls, with its step log: batches of like length, logits at the answers
-    alone, ZeRO-2. Plain:
-what one writes first: padded batches in file order, transformers' loss over all logits. Both use torch's
-fused AdamW. One process and the same threads for both; they take turns of a step, since other work may share
-the machine. Tokens are real
-ones: prompt, answer and EOS, no padding. Memory is how far a turn's peak rises above what was resident before
-    it: the
-activations, for weights and optimizer stay. What a checkpoint costs (the plain loop saves none) stands beside
-it.
+Ours is the loop that `flearn run` calls, with its step log: batches of like length, logits at the answers
+alone, ZeRO-2. Plain is what one writes first: padded batches in file order, transformers' loss over all
+logits. Both use torch's fused AdamW, one process and the same threads. They take turns of a step, since other
+work may share the machine. Tokens are real ones: prompt, answer and EOS, no padding. Memory is how far a
+turn's peak rises above what was resident before it: the activations, for weights and optimizer stay. What a
+checkpoint costs (the plain loop saves none) stands beside it.
 
 Without real ZsRE (`--facts`, or $FLEARN_BENCH_FACTS) the records are world_updates.jsonl, repeated.
 """

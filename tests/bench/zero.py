@@ -1,13 +1,11 @@
-"""theta' straight from a ZeRO checkpoint, against consolidating it first: time and peak memory, as one JSON
-line.
+"""theta' straight from a ZeRO checkpoint, against consolidating it first: time and peak memory as JSON.
 
-    python tests/bench/zero.py                              # a small model, ZeRO-2 of 2 ranks python
-    tests/bench/zero.py --layers 8 --stage 3 --ranks 8 python tests/bench/zero.py --mergekit DIR
-    # and the subtraction by mergekit-yaml of that bin folder
+    python tests/bench/zero.py                                  # a small model, ZeRO-2 of 2 ranks
+    python tests/bench/zero.py --layers 8 --stage 3 --ranks 8
+    python tests/bench/zero.py --mergekit DIR                   # also mergekit-yaml of the bin folder DIR
 
 What others need: DeepSpeed's zero_to_fp32 writes the consolidated model, then a merge tool reads it again.
-The checkpoint is laid out as DeepSpeed's (tests/integration checks that), but its optimizer's moments are
-left out.
+The checkpoint is laid out as DeepSpeed's (tests/integration checks that), without its optimizer's moments.
 """
 
 from __future__ import annotations
@@ -98,8 +96,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def write_checkpoint(base: Path, folder: Path, stage: int, num_ranks: int) -> int:
-    """A ZeRO checkpoint of the base after a small change, in parameter groups of about a gigabyte; the number
-    of its weights.
+    """A ZeRO checkpoint of the base after a small change, in groups of about a gigabyte.
+
+    Returns the number of its weights.
     """
     with safe_open(base / "model.safetensors", "pt") as weights:
         sizes = {name: prod(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118 (no mapping)
@@ -108,15 +107,15 @@ def write_checkpoint(base: Path, folder: Path, stage: int, num_ranks: int) -> in
             if sum(sizes[member] for member in groups[-1]) + size > GROUP_ELEMENTS and groups[-1]:
                 groups.append([])
             groups[-1].append(name)
-        Checkpoint(stage, num_ranks, [Tuned(weights, names) for names in groups], has_moments=False).write(
-            folder
-        )
+        tuned = [Tuned(weights, names) for names in groups]
+        Checkpoint(stage, num_ranks, tuned, has_moments=False).write(folder)
     return sum(sizes.values())
 
 
 class Tuned(Mapping[str, torch.Tensor]):
-    """Some of the base's tensors, a little changed, in fp32: made when asked for, so that billions of weights
-    take no memory.
+    """Some of the base's tensors, a little changed, in fp32.
+
+    Each is made when it is asked for, so that billions of weights take no memory.
     """
 
     def __init__(self, weights: Any, names: list[str]) -> None:

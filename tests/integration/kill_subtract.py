@@ -1,7 +1,7 @@
 """Kills `subtract` at a chosen moment, as often as asked, without starting Python anew each time: each trial
 is a fork.
 
-Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [1, 1]}' OUT CALL WHEN [OUT CALL WHEN
+Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [0, 1]}' OUT CALL WHEN [OUT CALL WHEN
 ...] CALL is a number among the system calls that change a file (0: the trial lives), or among those of a
 name, as in `pwrite:3`. The trial dies by SIGKILL before, after, or within that call: within a pwrite, or the
 fsync of a file, when half of the bytes are written. Or late: a twentieth of a second before it, in which the
@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.delta import chunks
 from pipeline.delta.subtract import subtract
+from pipeline.weights import stream
 
 CHANGING = (
     "replace",
@@ -37,7 +37,7 @@ CHANGING = (
     "ftruncate",
 )
 
-chunks.CHUNK_BYTES = 1 << 16
+stream.CHUNK_BYTES = 1 << 16
 
 _truncate = os.ftruncate
 
@@ -94,7 +94,7 @@ def trial(arguments: dict[str, Any], out: Path, at: str, when: str) -> None:
         killer.arm()
         options: dict[str, Any] = {"max_shard_size": 200_000, "io": "direct"} | arguments
         base, tuned = Path(options.pop("base")), Path(options.pop("tuned"))
-        state = subtract(base, tuned, 0.3, out, part=tuple(options.pop("part", (1, 1))), **options).state
+        state = subtract(base, tuned, 0.3, out, part=tuple(options.pop("part", (0, 1))), **options).state
         with os.fdopen(sender, "w") as pipe:
             json.dump({"state": state, "calls": killer.calls}, pipe)
         os._exit(0)

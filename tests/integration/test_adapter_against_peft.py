@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from delta_models import tensor
 
-from pipeline.weights.adapter import AdapterSource
-from pipeline.weights.open import open_source
+from pipeline.delta.virtual import adapted
+from pipeline.weights.formats.open import open_source
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
@@ -44,15 +45,15 @@ def test_peft_merges_to_the_same(tiny_model: Any, tmp_path: Path, name: str) -> 
         if "lora_" in parameter_name:
             parameter.data.normal_(0, 0.1)
     model.save_pretrained(str(tmp_path))
-    source = open_source(tmp_path, open_source(folder))
+    base = open_source(folder)
+    source = adapted(base, tmp_path)
     merged = model.merge_and_unload().state_dict()
-    assert isinstance(source, AdapterSource) and source.changed
+    changed = source.vector.names
+    assert changed
     for tensor_name, info in source.tensors.items():
-        values = source.read(tensor_name, 0, info.num_elements).view(info.shape)
-        if tensor_name in source.changed:
-            assert not torch.equal(
-                values, open_source(folder).read(tensor_name, 0, info.num_elements).view(info.shape)
-            )
+        values = tensor(source, tensor_name).view(info.shape)
+        if tensor_name in changed:
+            assert not torch.equal(values, tensor(base, tensor_name).view(info.shape))
             torch.testing.assert_close(values, merged[tensor_name], atol=1e-6, rtol=1e-6)
         else:
             assert torch.equal(values, merged[tensor_name])

@@ -72,7 +72,7 @@ def run_trials(folder: Path, trials: list[Trial]) -> list[dict[str, Any]]:
     return results(start_trials(folder, trials))
 
 
-def start_trials(folder: Path, trials: list[Trial], part: tuple[int, int] = (1, 1)) -> subprocess.Popen[str]:
+def start_trials(folder: Path, trials: list[Trial], part: tuple[int, int] = (0, 1)) -> subprocess.Popen[str]:
     settings = {"base": str(folder / "base"), "tuned": str(folder / "tuned"), "part": part}
     words = [word for out, call, when in trials for word in (str(folder / out), call, when)]
     program = [
@@ -184,14 +184,12 @@ def test_three_workers_one_of_which_comes_back_later(many: Path) -> None:
     """
     out = many / "parts"
     moments = [("0", "after"), ("posix_fallocate:2", "after"), ("0", "after")]
-    workers = [
-        start_trials(many, [("parts", *moment)], part=(i, 3)) for i, moment in enumerate(moments, start=1)
-    ]
+    workers = [start_trials(many, [("parts", *moment)], part=(i, 3)) for i, moment in enumerate(moments)]
     (first,), (second,), (third,) = (results(worker) for worker in workers)
     assert first["state"] == third["state"] == "waiting" and second["signal"] == signal.SIGKILL
     assert not (out / "manifest.json").exists() and not (out / "model-00005-of-00030.safetensors").exists()
     again, last = results(
-        start_trials(many, [("parts", "posix_fallocate:6", "after"), ("parts", "0", "after")], part=(2, 3))
+        start_trials(many, [("parts", "posix_fallocate:6", "after"), ("parts", "0", "after")], part=(1, 3))
     )
     assert again["signal"] == signal.SIGKILL and again["half_written"]
     assert last["state"] == "written"

@@ -23,8 +23,9 @@ IDS = torch.tensor([[5, 9, 200, 31, 77, 3]])
 
 @pytest.fixture(params=["llama", "gpt2", "bloom", "qwen2"])
 def base(request: pytest.FixtureRequest, tiny_model: object, tmp_path: Path) -> Path:
-    """A model as the hub has it: bfloat16; GPT-2 and BLOOM without the prefix `transformer.`, GPT-2 with its
-    old masks.
+    """A model as the hub has it, in bfloat16.
+
+    GPT-2 and BLOOM lack the prefix `transformer.`, and GPT-2 has its old masks.
     """
     folder = tmp_path / "base"
     if request.param == "qwen2":

@@ -1,6 +1,4 @@
-"""Real DeepSpeed on real processes: the same loss curve at every ZeRO stage and in plain torch, masters bit
-for bit, exact resume.
-"""
+"""Real DeepSpeed on real processes: one loss curve at every ZeRO stage, masters bit for bit, exact resume."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from delta_models import tensor
 from safetensors.torch import load_file
 
 from pipeline.artifact import write_json
@@ -30,7 +29,7 @@ from pipeline.train.log import Step, read_steps
 from pipeline.train.lora import InitialAdapter, add_adapter, lora_config
 from pipeline.train.records import Record, training_records
 from pipeline.train.schedule import learning_rate
-from pipeline.weights.open import open_source
+from pipeline.weights.formats.open import open_source
 
 pytestmark = pytest.mark.slow
 
@@ -327,9 +326,9 @@ def test_tuning_on_old_answers_leaves_a_zero_checkpoint_of_masters_alone(world: 
     consolidated = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
     with closing(open_source(checkpoint)) as source:
         assert source.tensors.keys() == consolidated.keys()
-        for name, info in source.tensors.items():
-            assert torch.equal(source.read(name, 0, info.num_elements), consolidated[name].flatten()), name
-    num_values = sum(tensor.numel() for tensor in consolidated.values())
+        for name in source.tensors:
+            assert torch.equal(tensor(source, name), consolidated[name].flatten()), name
+    num_values = sum(values.numel() for values in consolidated.values())
     stored = sum(file.stat().st_size for file in checkpoint.glob("*_optim_states.pt"))
     assert 4 * num_values < stored < 5 * num_values, "there are moments in it"
 
@@ -382,9 +381,7 @@ def test_a_stop_is_obeyed_by_all_ranks_and_resumed_exactly(world: World) -> None
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resuming_in_bf16_is_exact(world: World, stage: int) -> None:
-    """The masters that come out, bit for bit: neither they nor the moments are rounded on the way through a
-    checkpoint.
-    """
+    """The masters, bit for bit: a checkpoint rounds neither them nor the moments."""
     for kind, result in (("full", "model/model.safetensors"), ("lora", "adapter/adapter_model.safetensors")):
         stopped, undisturbed = f"stopped-{kind}-{stage}", f"{kind}-bf16-{stage}"
         assert [strip(step) for step in world.steps(stopped)] == [
@@ -460,8 +457,9 @@ def records(world: World, model: str = "llama") -> list[Record]:
 
 
 class Plain:
-    """The same training without DeepSpeed: record by record, full logits, labels of -100, fp32 masters beside
-    the weights.
+    """The same training without DeepSpeed.
+
+    It goes record by record, with full logits, labels of -100, and fp32 masters beside the weights.
     """
 
     def __init__(self, world: World, kind: str, precision: str, model: str = "llama") -> None:
@@ -476,9 +474,7 @@ class Plain:
             self.model = add_adapter(self.model, lora_config(self.model, self.training))
             initial = InitialAdapter(self.model, 0)
             for name, info in initial.tensors.items():
-                self.model.get_parameter(name).data.copy_(
-                    initial.read(name, 0, info.num_elements).view(info.shape)
-                )
+                self.model.get_parameter(name).data.copy_(tensor(initial, name).view(info.shape))
         self.masters = [parameter.detach().clone() for parameter in self._trained()]
         for parameter in (
             self.model.parameters()

@@ -1,5 +1,4 @@
-"""Checkpoints that real DeepSpeed runs of 1, 2 and 3 ranks saved, read in place: bit for bit what the engine
-held.
+"""Checkpoints of real DeepSpeed runs of 1, 2 and 3 ranks, read in place: bit for bit what the engine held.
 
 Two oracles: DeepSpeed's own zero_to_fp32, and the values that the engine reported before it saved. To run all
 of it against another DeepSpeed than the installed one, put that first on the path:
@@ -23,12 +22,13 @@ from typing import Any
 
 import pytest
 import torch
+from delta_models import tensor
 from packaging.version import Version
 from zero_checkpoint import Checkpoint
 
 from pipeline.errors import InputError
-from pipeline.weights.open import open_source
-from pipeline.weights.zero import ZeroSource
+from pipeline.weights.formats.open import open_source
+from pipeline.weights.formats.zero import ZeroSource
 
 pytestmark = pytest.mark.slow
 
@@ -123,17 +123,17 @@ def test_reads_what_the_engine_held(checkpoints: Path, name: str) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=True)
     if case.get("exclude_frozen"):
         expected = {
-            tensor_name: tensor
-            for tensor_name, tensor in expected.items()
+            tensor_name: values
+            for tensor_name, values in expected.items()
             if tensor_name not in case["frozen"]
         }
     assert source.tensors.keys() | source.aliases.keys() == expected.keys()
-    for tensor_name, tensor in expected.items():
-        values = source.read(tensor_name, 0, tensor.numel())
-        assert values.dtype == tensor.dtype and torch.equal(values, tensor.flatten()), tensor_name
+    for tensor_name, held in expected.items():
+        values = tensor(source, tensor_name)
+        assert values.dtype == held.dtype and torch.equal(values, held.flatten()), tensor_name
         parts = [
-            source.read(tensor_name, start, min(start + 3, tensor.numel()))
-            for start in range(0, tensor.numel(), 3)
+            tensor(source, tensor_name, start, min(start + 3, held.numel()))
+            for start in range(0, held.numel(), 3)
         ]
         assert torch.equal(torch.cat(parts), values), tensor_name
     frozen = {"scale", "count", "mask", *case.get("frozen", [])}
@@ -151,9 +151,8 @@ def test_reads_what_zero_to_fp32_reads(checkpoints: Path, name: str) -> None:
         assert expected.keys() < source.tensors.keys() | source.aliases.keys()
     else:
         assert expected.keys() == source.tensors.keys() | source.aliases.keys()
-    for tensor_name, tensor in expected.items():
-        values = source.read(tensor_name, 0, tensor.numel())
-        assert torch.equal(values.to(tensor.dtype), tensor.flatten()), tensor_name
+    for tensor_name, theirs in expected.items():
+        assert torch.equal(tensor(source, tensor_name).to(theirs.dtype), theirs.flatten()), tensor_name
 
 
 @pytest.mark.parametrize("name", LAID_OUT)
@@ -247,10 +246,8 @@ def test_reads_universal_checkpoints(two_ranks: Path, tmp_path: Path, name: str)
         and source.tensors == original.tensors
         and source.aliases == original.aliases
     )
-    for tensor_name, info in source.tensors.items():
-        assert torch.equal(
-            source.read(tensor_name, 0, info.num_elements), original.read(tensor_name, 0, info.num_elements)
-        ), tensor_name
+    for tensor_name in source.tensors:
+        assert torch.equal(tensor(source, tensor_name), tensor(original, tensor_name)), tensor_name
     (tmp_path / "step-2_universal" / "zero" / "gate" / "fp32.pt").unlink()
     with pytest.raises(InputError, match="gate"):
         open_source(tmp_path)

@@ -1,5 +1,4 @@
-"""One rank of a training test: runs a list of cases in one process, as a real run does, and writes what came
-out.
+"""One rank of a training test: runs cases in one process, as a real run does, and writes what came out.
 
 `python train_worker.py CASES.json`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. A
 case names a function of this file and its arguments; rank 0 writes each answer to `<out>/answer.json`.
@@ -24,6 +23,7 @@ from pipeline.train import fit as fit_module
 from pipeline.train import stage
 from pipeline.train.lora import InitialAdapter, add_adapter
 from pipeline.train.model import skeleton
+from pipeline.weights.floats import as_tensor
 
 
 def main() -> None:
@@ -68,8 +68,9 @@ def stop_early(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, 
 def interrupted_result(
     section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context
 ) -> Any:
-    """Training ends, but writing its result fails; the next run must write it without training again. For one
-    rank.
+    """Training ends, but writing its result fails; the next run must write it without training again.
+
+    For one rank.
     """
 
     def fail(*_: Any) -> None:
@@ -89,9 +90,7 @@ def interrupted_result(
 
 
 def masters(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
-    """Load theta' into an engine and count the elements that differ, by DeepSpeed's own way of reading
-    them.
-    """
+    """Load theta' into an engine and count the elements that differ, as DeepSpeed itself reads them."""
     seen: dict[str, Any] = {}
 
     def inspect(engine: Any, *_: Any) -> None:
@@ -153,7 +152,7 @@ def _initial(engine: Any, model: Artifact, name: str) -> torch.Tensor:
     whole = add_adapter(skeleton(Path(model.model_path)), engine.module.peft_config["default"])
     source = InitialAdapter(whole, 0)
     info = source.tensors[name]
-    return source.read(name, 0, info.num_elements).view(info.shape)
+    return as_tensor(source.read(name, 0, info.num_elements), info.dtype).view(info.shape)
 
 
 _CASES = {

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import config
 from pipeline.artifact import Artifact
-from pipeline.delta.subtract import ARITHMETIC_VERSION
+from pipeline.delta.manifest import ARITHMETIC_VERSION
 from pipeline.errors import InputError
 from pipeline.methods import METHODS, Method
 from pipeline.plan import Existing, Plan, make_plan

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pipeline.delta.arithmetic import BLOCK_ELEMENTS, Arithmetic, Formula, draws
-from pipeline.delta.floats import Array, count_not_finite, narrow, narrow_randomly, of_tensor, widen
 from pipeline.delta.survival import Survival
+from pipeline.delta.task_vector import Known, Tuned
+from pipeline.weights.floats import Array, count_not_finite, narrow, narrow_randomly, of_tensor, widen
 
 WEIGHTS = arrays(np.float32, st.integers(1, 200), elements=st.floats(-100, 100, width=32))
 SCALES = st.floats(-4, 4)
@@ -22,7 +23,10 @@ def subtract(
     base: torch.Tensor, tuned: torch.Tensor, formula: Formula, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, Survival]:
     out = torch.empty(base.numel(), dtype=dtype)
-    return out, Arithmetic(formula).subtract("w", 0, of_tensor(base), of_tensor(tuned), of_tensor(out), False)
+    change = Tuned(of_tensor(tuned))
+    survival = Arithmetic(formula).subtract("w", 0, of_tensor(base), change, of_tensor(out))
+    assert survival is not None
+    return out, survival
 
 
 def rounded_randomly(values: torch.Tensor, dtype: torch.dtype, numbers: Array) -> torch.Tensor:
@@ -66,8 +70,9 @@ def test_adding_a_delta_back_gives_the_base_within_rounding(
     base = torch.from_numpy(values)
     delta = torch.from_numpy(np.random.default_rng(seed).standard_normal(values.shape).astype(np.float32))
     there, back = torch.empty_like(base), torch.empty_like(base)
-    Arithmetic(Formula(scale)).subtract("w", 0, of_tensor(base), of_tensor(delta), of_tensor(there), True)
-    Arithmetic(Formula(-scale)).subtract("w", 0, of_tensor(there), of_tensor(delta), of_tensor(back), True)
+    change = Known(of_tensor(delta))
+    Arithmetic(Formula(scale)).subtract("w", 0, of_tensor(base), change, of_tensor(there))
+    Arithmetic(Formula(-scale)).subtract("w", 0, of_tensor(there), change, of_tensor(back))
     largest = base.abs() + abs(scale) * delta.abs()
     assert ((back - base).abs() <= 2 * largest * 2.0**-24 + 1e-38).all()
 
@@ -85,7 +90,7 @@ def test_any_slicing_gives_the_same_bytes(dtype: torch.dtype, rounding: str, cut
     arithmetic = Arithmetic(formula)
     for start, stop in pairwise(edges):
         base_part, tuned_part, out = (of_tensor(tensor[start:stop]) for tensor in (base, tuned, pieces))
-        arithmetic.subtract("w", start, base_part, tuned_part, out, False)
+        arithmetic.subtract("w", start, base_part, Tuned(tuned_part), out)
     assert torch.equal(pieces, whole)
 
 

@@ -11,12 +11,15 @@ from delta_models import formula, layered, load, nudged, save, write_pair
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import write_json
-from pipeline.delta import disk
-from pipeline.delta import subtract as module
-from pipeline.delta.disk import InputFile, Io, OutputFile
-from pipeline.delta.subtract import ARITHMETIC_VERSION, subtract
+from pipeline.delta import manifest as module
+from pipeline.delta.manifest import ARITHMETIC_VERSION
+from pipeline.delta.subtract import subtract
 from pipeline.delta.verify import Verdict, verify
 from pipeline.errors import InputError
+from pipeline.weights import folder_writer, slices
+from pipeline.weights.io.direct import InputFile, Io
+from pipeline.weights.io.pread import PreadFile
+from pipeline.weights.io.staged import StagedFile
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -64,11 +67,11 @@ def test_results_are_read_from_the_disk_wherever_it_can_be(
     kinds: dict[str, set[bool]] = {}
 
     class Watched(InputFile):
-        def __init__(self, path: Path, io: Io, may_use_cache: bool) -> None:
-            super().__init__(path, io, may_use_cache)
-            kinds.setdefault(path.parent.name, set()).add(may_use_cache)
+        def __init__(self, file: PreadFile, io: Io, may_use_cache: bool) -> None:
+            super().__init__(file, io, may_use_cache)
+            kinds.setdefault(file.path.parent.name, set()).add(may_use_cache)
 
-    monkeypatch.setattr(disk, "InputFile", Watched)
+    monkeypatch.setattr(slices, "InputFile", Watched)
     assert verify(out) == Verdict([], [])
     assert kinds == {"out": {False}, "base": {True}, "tuned": {True}}
 
@@ -261,7 +264,7 @@ def test_a_result_of_another_version_is_compared_with_its_manifest_alone(
     assert "its bytes are not those that were written" in only_problem(tmp_path / "out")
 
 
-class Failing(OutputFile):
+class Failing(StagedFile):
     """A disk that is full at the fourth shard."""
 
     def __init__(self, path: Path, *rest: Any) -> None:
@@ -276,7 +279,7 @@ def test_an_unfinished_result_of_another_version_is_to_be_deleted(
     base, tuned = write_pair(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(module, "ARITHMETIC_VERSION", ARITHMETIC_VERSION - 1)
-        patch.setattr(module, "OutputFile", Failing)
+        patch.setattr(folder_writer, "StagedFile", Failing)
         subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=20_000)
     verdict = verify(tmp_path / "out")
     assert verdict.problems == [] and not verdict.is_good
@@ -288,8 +291,8 @@ def test_an_unfinished_result_of_another_version_is_to_be_deleted(
 
 def test_an_unfinished_results_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = write_pair(tmp_path)
-    monkeypatch.setattr(module, "OutputFile", Failing)
-    monkeypatch.setattr("pipeline.delta.stream.MAX_THREADS", 1)
+    monkeypatch.setattr(folder_writer, "StagedFile", Failing)
+    monkeypatch.setattr("pipeline.weights.stream.MAX_THREADS", 1)
     with pytest.raises(OSError, match="No space left"):
         subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=20_000)
     verdict = verify(tmp_path / "out")

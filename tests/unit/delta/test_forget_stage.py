@@ -16,11 +16,11 @@ from delta_models import formula, layered, load, nudged, save
 from pipeline.artifact import Artifact, write_json
 from pipeline.config import Forget
 from pipeline.context import Context, Preempted
-from pipeline.delta import chunks
 from pipeline.delta import stage as forget
-from pipeline.delta.disk import PAGE
-from pipeline.delta.parts import missing_parts
 from pipeline.errors import InputError
+from pipeline.weights import stream
+from pipeline.weights.io.direct import PAGE
+from pipeline.weights.journal import missing_parts
 
 NUM_LAYERS = 20
 """Of a shard each: more than the threads that may be at work when the warning comes."""
@@ -28,7 +28,7 @@ NUM_LAYERS = 20
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", PAGE)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", PAGE)
 
 
 @pytest.fixture

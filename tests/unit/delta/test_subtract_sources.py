@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from delta_models import Tensors, formula, layered, load, nudged, save
-from safetensors.torch import save_file
+from delta_models import Tensors, formula, layered, load, nudged, save, write_adapter
 from zero_checkpoint import Checkpoint
 
 from pipeline.artifact import Artifact, write_json
 from pipeline.config import Forget
 from pipeline.context import Context
-from pipeline.delta import chunks, disk
 from pipeline.delta import stage as forget_stage
-from pipeline.delta.disk import PAGE
 from pipeline.delta.subtract import subtract
 from pipeline.delta.undo import undo
 from pipeline.delta.verify import Verdict, verify
 from pipeline.errors import InputError
+from pipeline.weights import slices, stream
+from pipeline.weights.io import direct
+from pipeline.weights.io.direct import PAGE
 
 FROZEN = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
 
@@ -28,9 +28,9 @@ FROZEN = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that chunks end inside partitions, and partitions inside chunks, and both are read directly."""
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * PAGE)
-    monkeypatch.setattr(disk, "_SMALL_EXTENT_BYTES", 64)
-    monkeypatch.setattr(disk, "_LARGE_FILE_BYTES", 0)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 2 * PAGE)
+    monkeypatch.setattr(slices, "_SMALL_EXTENT_BYTES", 64)
+    monkeypatch.setattr(direct, "_LARGE_FILE_BYTES", 0)
 
 
 def assert_equal(one: Tensors, two: Tensors) -> None:
@@ -102,33 +102,6 @@ def test_the_way_back_from_zero(tmp_path: Path, stage: int) -> None:
     subtract(tmp_path / "base", folder, 0.3, tmp_path / "out")
     undo(tmp_path / "out", tmp_path / "back")
     assert_equal(load(tmp_path / "back"), base)
-
-
-def write_adapter(
-    folder: Path, seed: int = 0, rank: int = 3, alpha: float = 6, size: int = 33
-) -> dict[str, torch.Tensor]:
-    """An adapter on q_proj of layers 0 and 2; {tensor: its change in float64}."""
-    generator = torch.Generator().manual_seed(seed)
-    factors: dict[str, torch.Tensor] = {}
-    changes: dict[str, torch.Tensor] = {}
-    for layer in (0, 2):
-        module = f"model.layers.{layer}.self_attn.q_proj"
-        a, b = (
-            torch.randn(rank, size, generator=generator) * 0.1,
-            0.1 * torch.randn(size, rank, generator=generator),
-        )
-        factors |= {
-            f"base_model.model.{module}.lora_A.weight": a,
-            f"base_model.model.{module}.lora_B.weight": b,
-        }
-        changes[f"{module}.weight"] = alpha / rank * (b.double() @ a.double())
-    folder.mkdir()
-    save_file(factors, folder / "adapter_model.safetensors")
-    write_json(
-        folder / "adapter_config.json",
-        {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"]},
-    )
-    return changes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

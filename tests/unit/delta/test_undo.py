@@ -173,18 +173,18 @@ def test_a_result_of_an_older_version_is_refused(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.delta import stream, subtract as module
-from pipeline.delta.disk import OutputFile
+from pipeline.weights import folder_writer, stream
+from pipeline.weights.io.staged import StagedFile
 from pipeline.delta.undo import undo
 
-class Killing(OutputFile):
+class Killing(StagedFile):
     def __init__(self, path, *rest):
         if "-00004-of" in path.name:
             os.kill(os.getpid(), signal.SIGKILL)
         super().__init__(path, *rest)
 
 stream.MAX_THREADS = 1
-module.OutputFile = Killing
+folder_writer.StagedFile = Killing
 undo(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_size=10_000)
 """
 

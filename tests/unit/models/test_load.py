@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.artifact import Artifact
 from pipeline.errors import InputError
 from pipeline.models.load import empty_model, fill, load_model, load_tokenizer, open_weights
-from pipeline.weights.open import open_source
+from pipeline.weights.formats.open import open_source
 
 TinyModelFactory = Callable[..., Path]
 IDS = torch.arange(4, 44).reshape(2, 20)

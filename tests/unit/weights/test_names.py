@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from delta_models import tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.errors import InputError
-from pipeline.weights.conversions import align_to_base, align_to_model
-from pipeline.weights.names import align_names
-from pipeline.weights.open import open_source
+from pipeline.weights.formats.open import open_source
+from pipeline.weights.names import align_names, align_to_base, align_to_model
 
 HUB = ["wte.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.weight", "ln_f.bias"]
 RUNTIME = [f"transformer.{name}" for name in HUB]
@@ -66,7 +66,7 @@ def hub_gpt2(folder: Path, out: Path) -> Path:
     """GPT-2 as the hub has it: no prefix, and its attention masks among the weights."""
     source = open_source(folder)
     tensors = {
-        name.removeprefix("transformer."): source.read(name, 0, info.num_elements).view(info.shape)
+        name.removeprefix("transformer."): tensor(source, name).view(info.shape)
         for name, info in source.tensors.items()
     }
     out.mkdir()
@@ -90,7 +90,7 @@ def test_gpt2_as_the_hub_has_it(tiny_model: Any, tmp_path: Path) -> None:
     assert to_model == {name: runtime for runtime, name in to_base.items()}
     tuned = open_source(folder, base)
     assert tuned.tensors.keys() == base.tensors.keys() - {"h.0.attn.bias"}
-    assert all(torch.equal(tuned.read(name, 0, 32), base.read(name, 0, 32)) for name in tuned.tensors)
+    assert all(torch.equal(tensor(tuned, name), tensor(base, name)) for name in tuned.tensors)
 
 
 def test_renames_that_transformers_does_on_loading(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_renames_that_transformers_does_on_loading(tmp_path: Path) -> None:
     to_base = align_to_base(list(runtime), base)
     assert to_base.keys() == runtime and set(to_base.values()) == base.tensors.keys()
     for name, parameter in model.named_parameters():
-        assert torch.equal(base.read(to_base[name], 0, parameter.numel()), parameter.detach().flatten())
+        assert torch.equal(tensor(base, to_base[name]), parameter.detach().flatten())
     assert align_to_model(base.tensors, model) == {
         name: runtime_name for runtime_name, name in to_base.items()
     }

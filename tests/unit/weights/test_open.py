@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from zero_checkpoint import Checkpoint
 
 from pipeline.errors import InputError
-from pipeline.weights.open import open_source
+from pipeline.weights.formats.adapter import Adapter
+from pipeline.weights.formats.open import open_source
 
 
 def refused(path: Path | str, base: Path | None = None) -> str:
@@ -24,8 +25,9 @@ def refused(path: Path | str, base: Path | None = None) -> str:
 
 
 def factors(model: Tensors, adapter: str = "") -> Tensors:
-    """What PEFT adds to the query projections of `model`, under its names in an adapter's file (in a running
-    model with `adapter`).
+    """What PEFT adds to the query projections of `model`, under the names that an adapter's file has.
+
+    With `adapter`: those of a running model.
     """
     modules = [name.removesuffix(".weight") for name in model if "q_proj" in name]
     return {
@@ -55,7 +57,7 @@ def test_of_a_lora_run_the_adapters_folder_is_wanted(tmp_path: Path, place: str)
     told = refused(run / place, base)
     assert told.startswith(f"{run / place}: ") and told.endswith(f"give the adapter's folder: {run}")
     assert told.count("base_model.") == 1, "one name is enough"
-    assert open_source(run, open_source(base)).kind == "adapter"
+    assert Adapter(run).modules.keys() == {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}
     assert open_source(run / place).tensors, "it can be looked into"
     assert open_source(run / place, open_source(run / place)).tensors, "and compared with another one"
 
