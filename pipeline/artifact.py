@@ -1,6 +1,6 @@
 """A stage's output folder: named by a fingerprint, complete exactly when its `manifest.json` exists.
 
-A folder without a manifest is work in progress: the stage that owns it may go on with what it finds there.
+A folder without a manifest is work in progress: its stage may go on with what it finds there.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ class Artifact:
 
     @property
     def model_path(self) -> Path | str:
-        """Where the model that this stage made (or names) lies: inside the folder, elsewhere, or a hub id.
+        """Where the model that this stage made or names lies; its result says so as `"model"`.
 
-        A stage that has a model says so in its result: `"model"` is a path relative to its folder, an absolute
-        path, or a hub id.
+        That is a path relative to the folder, an absolute path, or a hub id.
         """
         model: str = self.result["model"]
         inside = self.folder / model
@@ -81,22 +80,24 @@ class Artifact:
         return folder
 
     def input(self, role: str) -> Artifact:
-        """The artifact that this one was made from in the role `role` (stages of a run lie side by side)."""
+        """The artifact that this one was made from in that role.
+
+        The manifest names it as it lies to this one's parent folder (stages of a run lie side by side), or by
+        an absolute path (a result of another run).
+        """
         return Artifact(self.folder.parent / self.manifest["inputs"][role])
 
     def retract(self) -> None:
-        """Make the artifact incomplete again, so that its stage runs once more over what is there."""
+        """Make the artifact incomplete again: its stage then runs once more over what is there."""
         (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def commit(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest, last and by rename: from now on the artifact is complete."""
+        """Write the manifest, by rename. It comes last: from now on the artifact is complete."""
         write_json(self.folder / MANIFEST, manifest)
 
 
 def fingerprint(stage: str, version: int, recipe: dict[str, Any], inputs: dict[str, str]) -> str:
-    """12 hex digits that name a result: the stage, its version, its own settings and its inputs'
-    fingerprints.
-    """
+    """12 hex digits that name a result by all that decides it."""
     text = json.dumps(
         [stage, version, recipe, inputs], sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )
@@ -117,9 +118,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into, which on a clean exit is synced and takes `path`'s name; on an error it is
-    gone.
-    """
+    """A file to write into. A clean exit syncs it and gives it `path`'s name; an error deletes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -158,9 +157,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Force a file's content to the disk; of a folder, its names, so that renames inside it survive a power
-    loss.
-    """
+    """Force a file's content to the disk; of a folder its names, so that a rename survives a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,14 +1,12 @@
 """What to run: an experiment's YAML, checked field by field, with `--set a.b=c` on top.
 
-Paths in the YAML are relative to the YAML's own folder; paths in `--set` are relative to where you are.
-Fields marked `placement` say how or where to run, never what comes out: they do not enter a stage's
-fingerprint.
+Paths in the YAML are relative to its folder, paths in `--set` to where you are. Fields marked PLACEMENT say
+how or where to run, never what comes out: they enter no fingerprint.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +23,17 @@ from pydantic import (
 
 from pipeline.errors import InputError
 from pipeline.methods import KINDS, METHODS, Kind
-from pipeline.settings import PLACEMENT, Section, Whole, check, merge, parse_overrides, read_yaml
+from pipeline.settings import (
+    PLACEMENT,
+    Section,
+    Whole,
+    check,
+    local_path,
+    merge,
+    parse_overrides,
+    read_json,
+    read_yaml,
+)
 
 Protocol = Literal["token", "probability", "generation"]
 
@@ -46,22 +54,22 @@ Method = Annotated[str, AfterValidator(_known_method)]
 
 
 class TinyModel(Section):
-    """A randomly initialised model and its own tokenizer, made on the spot from the facts' text."""
+    """A randomly initialised model, with a tokenizer made of the facts' text."""
 
     architecture: Literal["llama", "gpt2", "bloom"] = "llama"
     hidden_size: int = Field(128, gt=0)
     num_layers: int = Field(4, gt=0)
     num_heads: int = Field(4, gt=0)
     vocab_size: int = Field(2048, ge=300)
-    """Upper bound for the byte-level BPE tokenizer trained on the facts."""
+    """Upper bound for the byte-level BPE tokenizer."""
 
 
 class Model(Section):
     """The base model: exactly one of `path` and `tiny`."""
 
     path: str | None = Field(None, json_schema_extra=PLACEMENT)
-    """A Hugging Face model folder (its content enters the fingerprint), a hub id such as
-    `meta-llama/Llama-2-7b-hf`, or the name of a model that `flearn models fetch` fetched.
+    """A model folder (its content enters the fingerprint), a hub id such as `meta-llama/Llama-2-7b-hf`, or
+    the name of a model that `flearn models fetch` fetched.
     """
     revision: str | None = None
     """The hub revision (branch, tag or commit) of `path`."""
@@ -78,9 +86,7 @@ class Facts(Section):
     """The facts to forget and to learn."""
 
     path: str | list[str] = Field(json_schema_extra=PLACEMENT)
-    """A file, a hub data set id, or [old file, new file] for a pair of Alpaca files. Its content enters the
-    fingerprint.
-    """
+    """A file (its content enters the fingerprint), a hub data set id, or [old, new] for two Alpaca files."""
     format: Literal[
         "auto", "flearn", "zsre", "counterfact", "rome", "knowedit", "mquake", "qaedit", "alpaca"
     ] = "auto"
@@ -108,7 +114,7 @@ class Training(Section):
     """
 
     kind: Kind
-    """Tells the kinds apart; each section of the config has a kind by its place."""
+    """Tells the kinds apart. A section of the config has its kind by its place, and need not name it."""
     epochs: int = Field(3, gt=0)
     lr: float = Field(5e-5, gt=0)
     batch_size: int = Field(64, gt=0)
@@ -181,9 +187,7 @@ class LoraTraining(Training):
 
 
 class Teach(FullTraining):
-    """Makes the *original* model: full fine-tuning on the old facts, so that there is something to forget
-    (paper, section 4).
-    """
+    """Makes the original model: full fine-tuning on the old facts, so that there is something to forget."""
 
     facts: Literal["old", "old_and_locality"] = "old"
     """`old_and_locality` also teaches the unrelated questions, for a model that knows nothing yet."""
@@ -209,6 +213,11 @@ class Forget(Section):
 
     scale: float | dict[Method, float] = 0.3
     """The paper's lambda: one number, or one per method."""
+    dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
+    """What theta' is stored in; `same`: as the base is. 16 bits round a small subtraction away."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """To 16 bits. Stochastic keeps a small change on average, at the price of noise."""
+    max_shard_size: str = Field("2GB", json_schema_extra=PLACEMENT)
 
     @field_validator("scale", mode="before")
     @classmethod
@@ -218,10 +227,6 @@ class Forget(Section):
             raise ValueError("expected a number, or one for each F-Learning method")
         return scale
 
-    dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    max_shard_size: str = Field("2GB", json_schema_extra=PLACEMENT)
-
 
 class Evaluate(Section):
     """Which scores to take, on every state of the model."""
@@ -230,9 +235,7 @@ class Evaluate(Section):
     batch_size: int = Field(32, gt=0, json_schema_extra=PLACEMENT)
     max_new_tokens: int = Field(24, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 halves the memory, but rounds a small subtraction away: the forgotten model then scores like the
-    original.
-    """
+    """bf16 halves the memory, but rounds a small subtraction away: forgotten then scores like original."""
 
 
 class Cluster(Section):
@@ -261,7 +264,7 @@ class Experiment(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seeds: list[int] = Field([0], min_length=1)
-    """Every step that leaves anything to chance is run once with each; `seed: N` is the same as `seeds: [N]`."""
+    """What leaves anything to chance is run once with each. `seed: N` is the same as `seeds: [N]`."""
     methods: list[Method] = Field(min_length=1)
     """Which methods to compare; each once."""
     model: Model
@@ -303,7 +306,7 @@ class Experiment(Section):
         return read_training(section.model_dump() | (settings or {}))
 
     def scale_for(self, method: str) -> float:
-        """The paper's lambda for `method`."""
+        """The scale of the subtraction for `method`. Raises InputError if the config has none."""
         if not isinstance(self.forget.scale, dict):
             return self.forget.scale
         if method not in self.forget.scale:
@@ -314,7 +317,7 @@ class Experiment(Section):
 
 
 def _check_methods() -> None:
-    """Rows of METHODS whose kinds or settings no section of the config has: our own mistake, seen at once."""
+    """Raises ValueError for a row of METHODS with settings that its section does not have."""
     assert set(KINDS) <= Experiment.model_fields.keys(), f"a section is missing for one of {KINDS}"
     for name, method in METHODS.items():
         try:
@@ -343,45 +346,19 @@ def load(path: Path, overrides: list[str] | None = None) -> Experiment:
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make local paths absolute, and replace the path of a DeepSpeed JSON by its content."""
-    for name in ("teach", "full", "lora"):
+    for name in ("teach", *KINDS):
         section = values.get(name)
         if isinstance(section, dict) and isinstance(section.get("deepspeed"), str):
-            section["deepspeed"] = Whole(_read_deepspeed(folder / section["deepspeed"], f"{name}.deepspeed"))
+            section["deepspeed"] = Whole(read_json(folder / section["deepspeed"], f"{name}.deepspeed"))
     facts = values.get("facts")
     if isinstance(facts, dict) and isinstance(facts.get("path"), (str, list)):
         path = facts["path"]
-        facts["path"] = [_local(p, folder) for p in path] if isinstance(path, list) else _local(path, folder)
+        facts["path"] = (
+            [local_path(p, folder) for p in path] if isinstance(path, list) else local_path(path, folder)
+        )
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
-        model["path"] = _local(model["path"], folder)
+        model["path"] = local_path(model["path"], folder)
     cluster = values.get("cluster")
     if isinstance(cluster, dict) and isinstance(cluster.get("site"), str):
         cluster["site"] = os.path.normpath(folder / cluster["site"])
-
-
-def _local(path: Any, folder: Path) -> Any:
-    """`path` made absolute if it names something on this disk (or plainly means to), else unchanged: a hub
-    id.
-    """
-    if not isinstance(path, str):
-        return path
-    expanded = Path(path).expanduser()
-    local = folder / expanded
-    means_disk = (
-        expanded.is_absolute()
-        or path.startswith((".", "~"))
-        or expanded.suffix in (".json", ".jsonl", ".yaml", ".csv")
-    )
-    return str(Path(os.path.normpath(local))) if means_disk or local.exists() else path
-
-
-def _read_deepspeed(path: Path, field: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{field}: no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{field}: {path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{field}: {path}: expected a JSON object")
-    return content

@@ -1,6 +1,6 @@
-"""What a stage may know about where it runs: its rank among its fellows, its device, and whether to stop.
+"""What a stage may know about where it runs: its rank, its device, and whether to stop.
 
-With one rank nothing is distributed, and every collective below is a no-op.
+With one rank nothing is distributed, and every collective is a no-op.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ log = logging.getLogger("flearn")
 
 
 class Preempted(Exception):
-    """The run was asked to stop; what was done so far is saved, and the same command goes on from there."""
+    """The run was asked to stop. What was done is saved, and the same command goes on from there."""
 
 
 @dataclass
 class Context:
-    """One process's place in a run. `group` is a gloo process group for control messages, or None with one
-    rank.
-    """
+    """One process's place in a run."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: str = "cpu"
     group: Any = None
+    """A gloo process group for control messages; None with one rank."""
     part: tuple[int, int] | None = None
-    """(index, number of parts): which share of the work is this process's, where several share one artifact
-    without talking to each other; None: all of it.
+    """(index from 0, number of parts) where processes share one artifact without talking to each other;
+    None: all of the work is this process's.
     """
     stop: bool = field(default=False, init=False)
     """Whether this rank was asked to stop; after `should_stop`, whether any rank was."""
@@ -45,8 +44,9 @@ class Context:
         return self.rank == 0
 
     def listen(self) -> None:
-        """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop at the next safe point; a further SIGINT stops
-        at once.
+        """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop at the next safe point.
+
+        A further SIGINT stops at once.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
@@ -57,9 +57,7 @@ class Context:
         self.stop = True
 
     def should_stop(self) -> bool:
-        """Whether any rank was asked to stop. Collective: every rank calls it at the same point and gets the
-        same answer.
-        """
+        """Whether any rank was asked to stop. Collective: every rank gets the same answer."""
         if self.group is None:
             return self.stop
         import torch
@@ -68,9 +66,8 @@ class Context:
         asked = torch.tensor([int(self.stop)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
         agreed = bool(asked.item())
-        self.stop = (
-            self.stop or agreed
-        )  # a signal may have come in the meantime: it counts from the next time on
+        # A signal may have come since: it counts from the next time on, or the ranks would disagree.
+        self.stop = self.stop or agreed
         return agreed
 
     def barrier(self) -> None:
@@ -103,14 +100,14 @@ class Context:
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str = "") -> Iterator[Progress]:
-        """A bar on rank 0's terminal; silent on other ranks and where there is no terminal."""
+        """A bar on rank 0's terminal; nothing on other ranks, or without a terminal."""
         with Progress(description, unit, shown=self.is_main) as progress:
             progress.start(total)
             yield progress
 
 
 class Progress:
-    """Where work reports that it moves on: a bar on a terminal, silent elsewhere. Used as a context manager."""
+    """Where work reports that it moves on: a bar on a terminal, nothing elsewhere. A context manager."""
 
     def __init__(self, description: str, unit: str = "", shown: bool = True) -> None:
         """`unit` follows the numbers; `bytes` are shown with their rate."""
@@ -176,21 +173,19 @@ def peak_gpu_memory_bytes(device: str) -> int | None:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Start measuring both peaks anew, so that each stage in a process has its own figures (Linux: clear_refs
-    5).
-    """
+    """Start measuring both peaks anew: a process runs many stages, and each has its own figures."""
     if device != "cpu":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         log.debug("this kernel does not reset VmHWM: peaks are those of the whole process")
 
 
 def device_for(local_rank: int) -> str:
-    """This rank's device: its GPU where there is one, else the CPU."""
+    """This rank's GPU where there is one, else the CPU."""
     import torch
 
     return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"

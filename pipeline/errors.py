@@ -1,4 +1,4 @@
-"""The one exception that means "the caller's mistake": printed as one line, exit code 2, no traceback."""
+"""The exception for the caller's mistakes: printed as one line, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ _CALLERS_TO_MEND = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line that names the file, field or tensor, and says what to do."""
+    """Bad input. The message is one line: the file, field or tensor, and what to do."""
 
 
 def file_system_message(error: BaseException) -> str | None:
-    """One line for a full disk, or for what the system says of a file that the error names; None for any
-    other error.
-    """
+    """One line for a full disk, or for an OSError that names its file; None for any other error."""
     message = full_disk_message(error)
     if (
         message is None
@@ -32,19 +30,18 @@ def file_system_message(error: BaseException) -> str | None:
 
 
 def refusal_message(error: BaseException) -> str | None:
-    """As `file_system_message`, but only of a full disk and of what whoever chose the path can mend.
+    """As `file_system_message`, but of an OSError only what whoever chose the path can mend.
 
-    For a rank: its libraries read files and start programs of their own, and that one of these is missing is
-    no mistake of the caller's.
+    For a rank: its libraries open files of their own, and one of these missing is no mistake of the caller's.
     """
     is_theirs = isinstance(error, OSError) and error.errno in _CALLERS_TO_MEND
     return file_system_message(error) if is_theirs else full_disk_message(error)
 
 
 def full_disk_message(error: BaseException) -> str | None:
-    """One line for a full disk, wherever in the chain of causes it hides; None for any other error.
+    """One line for a full disk, anywhere in the chain of causes; None for any other error.
 
-    torch and safetensors wrap ENOSPC in exceptions of their own, so their texts are read too.
+    torch and safetensors wrap ENOSPC in exceptions of their own, so texts are read too.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -58,7 +55,5 @@ def full_disk_message(error: BaseException) -> str | None:
 
 
 def printable(text: str) -> str:
-    """`text` on one line that any terminal takes: control characters and bytes that are no text are written
-    as escapes.
-    """
+    """`text` on one line, with control characters and undecodable bytes as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -19,7 +19,7 @@ Hue = Literal["blue", "orange", "green", "purple", "sky", "yellow", "grey"]
 
 @dataclass(frozen=True)
 class Method:
-    """How one method updates the original model. Raises ValueError for a kind of training that there is not."""
+    """How one method updates the original model. Raises ValueError for an unknown kind of training."""
 
     label: str
     """What the report calls it."""

@@ -27,9 +27,7 @@ from pipeline.stages import STAGES, load
 ATTEMPTS = "attempts.json"
 
 StageFunction = Callable[[dict[str, Any], dict[str, Artifact], Any, Context], "dict[str, Any] | None"]
-"""A stage returns its result; or None, if it shares its work with other processes (`Context.part`) that are
-not done yet.
-"""
+"""A stage returns its result; or None where other processes (`Context.part`) have yet to do their share."""
 
 
 def run_step(plan: Plan, step: Step, context: Context) -> None:
@@ -43,7 +41,7 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
         return
     inputs = {role: plan.artifact(source) for role, source in step.inputs.items()}
     for source in inputs.values():
-        source.manifest  # noqa: B018 - raises where an input is not complete, whatever the scheduler believed
+        source.manifest  # noqa: B018 - raises where an input is not complete, whatever a scheduler believed
     output.folder.mkdir(parents=True, exist_ok=True)
     reset_peak_memory(context.device)
     _check_ahead(plan, step, context)
@@ -55,7 +53,9 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
     }
     peaks = {name: None if value is None else context.largest(value) for name, value in peaks.items()}
     if context.is_main and result is None:
-        log.info("%s: part %s is done; others are not yet", step.id, context.part)
+        assert context.part is not None
+        index, total = context.part
+        log.info("%s: part %d/%d is done; others are not yet", step.id, index + 1, total)
     elif context.is_main:
         assert result is not None
         output.commit(_manifest(step, result, context) | asdict(attempt) | peaks)
@@ -66,7 +66,7 @@ def run_step(plan: Plan, step: Step, context: Context) -> None:
 
 @dataclass
 class Attempt:
-    """Seconds spent on a step so far, over all attempts at it that did not die without a word."""
+    """Time spent on a step so far, but for attempts that were killed."""
 
     num_attempts: int
     seconds: float
@@ -74,15 +74,11 @@ class Attempt:
 
 @contextmanager
 def _attempt(output: Artifact, context: Context) -> Iterator[Attempt]:
-    """Count this attempt, and the time it takes, with those before it (a preempted fine-tuning takes
-    several).
-    """
+    """Count this attempt and its time with those before it: a preempted fine-tuning takes several."""
     path = output.folder / ATTEMPTS
-    before: dict[str, Any] = (
-        json.loads(path.read_text(encoding="utf-8"))
-        if path.is_file()
-        else {"num_attempts": 0, "seconds": 0.0}
-    )
+    before: dict[str, Any] = {"num_attempts": 0, "seconds": 0.0}
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
     attempt = Attempt(before["num_attempts"] + 1, before["seconds"])
     started = time.time()
     if context.is_main:

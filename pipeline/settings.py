@@ -1,11 +1,10 @@
-"""Reading a YAML file of settings: sections that refuse unknown keys, `KEY=VALUE` overrides, and problems
-told in one line.
-"""
+"""Settings from YAML: sections that refuse unknown keys, `KEY=VALUE` overrides, problems in one line."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -20,12 +19,12 @@ PLACEMENT: dict[str, Any] = {"placement": True}
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are refused, values never change after loading."""
+    """A part of a config. Unknown keys are refused, and values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def recipe(self) -> dict[str, Any]:
-        """The fields that decide the result, as plain JSON values; `placement` fields left out."""
+        """The fields that decide the result, as plain JSON values: all but the `PLACEMENT` ones."""
         return {
             name: _plain(getattr(self, name))
             for name, field in type(self).model_fields.items()
@@ -45,8 +44,9 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def check(kind: type[AnySection], values: dict[str, Any], path: Path) -> AnySection:
-    """`values`, read from `path`, as a section. Raises InputError naming every wrong field, with the nearest
-    right name.
+    """`values`, read from `path`, as a section.
+
+    Raises InputError that names every wrong field, and the nearest right name for an unknown one.
     """
     try:
         return kind.model_validate(values)
@@ -57,7 +57,7 @@ def check(kind: type[AnySection], values: dict[str, Any], path: Path) -> AnySect
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file at `path`. Raises InputError if it is absent or holds something else."""
+    """The mapping in the YAML file at `path`. Raises InputError if there is none."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML 1.1 reads 5e-5 as a string; experiments are full of such numbers."""
+    """Reads 5e-5 as a number; in YAML 1.1 it is a string."""
 
 
 _FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
@@ -88,7 +88,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`a.b=c` texts as a nested mapping; the values are read as YAML."""
+    """Texts such as `a.b=c` as a nested mapping; values are read as YAML."""
     values: dict[str, Any] = {}
     for override in overrides:
         key, value = _parse_override(override)
@@ -106,13 +106,11 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 class Whole(dict[str, Any]):
-    """A mapping that an override gives as a whole (the content of a file), to replace what was there."""
+    """The content of a file that an override names: it replaces what was there, and is not merged."""
 
 
 def merge(values: dict[str, Any], changed: dict[str, Any]) -> None:
-    """Overrides replace single values and extend sections; a list, or what a file holds (`Whole`), replaces
-    what was there.
-    """
+    """Put overrides into `values`: sections are extended; single values, lists and a `Whole` are replaced."""
     for key, value in changed.items():
         if isinstance(value, dict) and not isinstance(value, Whole) and isinstance(values.get(key), dict):
             merge(values[key], value)
@@ -153,3 +151,33 @@ def _known_keys(section: type[Section], location: list[Any]) -> list[str]:
             return []
         section = inner[0]
     return list(section.model_fields)
+
+
+def local_path(path: Any, folder: Path) -> Any:
+    """`path`, relative to `folder`, made absolute if it names something on this disk, or plainly means to.
+
+    Anything else is a hub id, and stays as it is.
+    """
+    if not isinstance(path, str):
+        return path
+    expanded = Path(path).expanduser()
+    local = folder / expanded
+    means_disk = (
+        expanded.is_absolute()
+        or path.startswith((".", "~"))
+        or expanded.suffix in (".json", ".jsonl", ".yaml", ".csv")
+    )
+    return os.path.normpath(local) if means_disk or local.exists() else path
+
+
+def read_json(path: Path, field: str) -> dict[str, Any]:
+    """The JSON object in the file that `field` names. Raises InputError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{field}: no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{field}: {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{field}: {path}: expected a JSON object")
+    return content

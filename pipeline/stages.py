@@ -1,6 +1,6 @@
 """STAGES: one row a stage: its function, its version, who runs it, and what job of a cluster it is.
 
-Functions are named, not imported: this table imports nothing, and a stage's code is loaded where it is called.
+Functions are named, not imported: the table imports nothing, and code is loaded where it is called.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Stage:
     """Who calls the function: every rank together, or rank 0 alone while the others wait."""
     job: JobShape
     check: str | None = None
-    """`(section, inputs, context)`: raises InputError where the stage could not work, without doing its work."""
+    """`(section, inputs, context)`: raises InputError where the stage could not work. It does no work."""
     needs: str | None = None
     """`(section, model, data, ranks) -> Needs`: memory, disk and time; None: next to nothing."""
     label: str = ""
     """What the report calls it, if not by its own name."""
     is_update: bool = False
-    """Whether it is part of what a method does to the original model: the report adds up these stages' time."""
+    """Whether a method updates the original model by it: the report adds up these stages' time."""
 
 
 STAGES: dict[str, Stage] = {

@@ -1,8 +1,6 @@
-"""The evaluations' records, reduced to what the report needs of them: every score as a column, and a few
-whole rows.
+"""The evaluations' records as the report needs them: every score as a column, and a few whole rows.
 
-A run may hold a dozen evaluations of ten thousands of records each, so the rows are read one by one and not
-kept.
+A run may hold a dozen evaluations of ten thousand records each: rows are read one by one and not kept.
 """
 
 from __future__ import annotations
@@ -18,16 +16,14 @@ Json = dict[str, Any]
 
 
 class Records(NamedTuple):
-    """One evaluation: `scores[protocol, metric]` in the facts' order, and the rows of the sampled facts by
-    their position.
-    """
+    """One evaluation: `scores[protocol, metric]` in the facts' order, and sampled rows by their position."""
 
     scores: dict[tuple[str, str], list[float | None]]
     samples: dict[int, Json]
 
 
 def read(evaluation: Artifact, sampled: Collection[int]) -> Records:
-    """The records of a finished evaluation; `sampled` are the positions of the rows that are kept whole."""
+    """The records of a finished evaluation, with the rows at the positions `sampled` whole."""
     protocols = list(evaluation.result["protocols"])
     records = Records({}, {})
     with (evaluation.folder / RECORDS).open(encoding="utf-8") as lines:

@@ -1,7 +1,7 @@
-"""Looks up scores and differences in a results object, and says which differences are larger than the noise.
+"""Scores and differences of a results object, and which differences are larger than the noise.
 
-Several seeds are shown as their mean and standard deviation. Records of different seeds are never pooled: they
-are the same questions, so they would count as more evidence than there is.
+Several seeds are shown as their mean and standard deviation. Their records are never pooled: the questions
+are the same, and would count as more evidence than there is.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What a run cost: seconds and memory of its steps, by method, in words for people. Of several seeds each
-counts alone: seconds are a mean over seeds.
+"""What a run cost: seconds and memory of its steps, by method, in words for people.
+
+Over several seeds these are means: what one seed costs.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from pipeline.stages import STAGES
 Json = dict[str, Any]
 
 UPDATES = {name: stage.label or name for name, stage in STAGES.items() if stage.is_update}
-"""The stages of a method itself, and what they are called: neither the making of the original model, which all
-share, nor evaluation.
+"""The stages of a method itself, by name, and what they are called. All methods share the making of the
+original model, and evaluation is no part of any.
 """
 
 
 def update_seconds(results: Json, method: str) -> dict[str, float]:
-    """Seconds that `method` would take by itself in each of its stages; a step that methods share counts for
-    each of them.
+    """Seconds that `method` would take by itself in each of its stages.
+
+    A step that methods share counts for each of them.
     """
     found: dict[str, float] = {}
     num_seeds = len(results["seeds"])
@@ -32,9 +34,7 @@ def update_seconds(results: Json, method: str) -> dict[str, float]:
 
 
 def shown_steps(stages: list[Json]) -> list[Json]:
-    """Rows of `stages` with a `label`: those that differ in their seed alone as one, and all evaluations as
-    one at the end.
-    """
+    """Rows of `stages` with a `label`: one for all seeds, and one for all evaluations, at the end."""
     named = [step | {"users": tuple(step["methods"])} for step in stages]
     steps = over_seeds(named, ("stage", "users", "state"), ("seconds", "peak_memory_bytes"))
     evaluations = [step for step in steps if step["state"] is not None]

@@ -1,4 +1,4 @@
-"""The report's figures, from rows of results.json: each a picture, or panels of pictures, drawn by matplotlib.
+"""The report's figures, from rows of results.json: each a picture, or panels of pictures.
 
 Colours belong to methods and are the same in every figure. Methods that forget are filled, others are hollow.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pipeline.report.cost import duration, shown_steps, size
 from pipeline.report.seeds import over_seeds
 from pipeline.report.svg import LIGHT, picture
-from pipeline.report.terms import METRICS, PROTOCOLS, STATES, look
+from pipeline.report.terms import METRICS, STATES, look, short
 
 Json = dict[str, Any]
 
@@ -54,9 +54,7 @@ def curve_rows(curves: list[Json]) -> list[Json]:
 
 
 def forgetting_curves(curves: list[Json]) -> dict[str, list[Panel]]:
-    """For each protocol, a panel per method that forgets: old answer, new answer and locality from state to
-    state.
-    """
+    """By protocol, a panel per method that forgets: its answers and locality from state to state."""
     rows = curve_rows(curves)
     panels: dict[str, list[Panel]] = {}
     for row in rows:
@@ -92,8 +90,7 @@ def _curve(method: str, protocol: str, rows: list[Json]) -> Panel:
     for row in rows:
         values = ", ".join(f"{name} {_percent(row[key])}" for key, name, _ in LINES)
         told.append(f"{STATES[row['state']]}: {values}")
-    way = PROTOCOLS[protocol].short if protocol in PROTOCOLS else protocol
-    label = f"{look(method).label}, {way}. {'; '.join(told)}."
+    label = f"{look(method).label}, {short(protocol)}. {'; '.join(told)}."
     return Panel(look(method).label, picture(3.6, 2.15, label, paint))
 
 
@@ -104,8 +101,10 @@ def _deviations(values: list[float | None]) -> list[float] | None:
 
 
 def bars(updated: list[Json], original: Json | None, metrics: list[str]) -> str:
-    """The updated models' scores (rows of `compare.Scores`) under one protocol: a group per metric, a bar per
-    method. Whiskers are two standard errors over records, or one standard deviation over seeds.
+    """The updated models' scores under one protocol: a group per metric, a bar per method.
+
+    Rows are those of `compare.Scores`. Whiskers are two standard errors over records, or one standard
+    deviation over seeds.
     """
     width = 0.8 / max(len(updated), 1)
 
@@ -205,10 +204,10 @@ Lines = dict[str, dict[int, float]]
 
 
 def by_layer(layers: dict[str, list[Json]], quantity: Quantity) -> list[Panel]:
-    """One of the forget vectors' quantities by layer, attention against MLP, on one scale (`NORM`: the
-    paper's Figures 4 and 5).
+    """A quantity of the task vectors by layer, attention against MLP, on one scale (`NORM`: the paper's
+    Figures 4 and 5).
 
-    Methods whose lines are the same share a panel: the norms of those that subtract the same vector do.
+    Methods that subtract the same vector have the same norms, and share a panel.
     """
     lines = {method: _lines(rows, quantity) for method, rows in layers.items()}
     shared: dict[str, list[str]] = {}

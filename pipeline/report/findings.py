@@ -1,4 +1,4 @@
-"""What a careful reviewer would flag in a run's results: one clear sentence each, or nothing."""
+"""What a careful reviewer would flag in a run's results: one sentence each, or nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.artifact import Artifact
 from pipeline.delta.survival import POOR_PROJECTION
 from pipeline.report.compare import Scores
 from pipeline.report.cost import step_label
-from pipeline.report.terms import METRICS, PROTOCOLS, SCORES, count, look, ordered_protocols, percent
+from pipeline.report.terms import METRICS, SCORES, count, look, ordered_protocols, percent, short
 
 Json = dict[str, Any]
 
@@ -48,9 +48,7 @@ def find(results: Json) -> list[str]:
 
 
 def from_stages(stages: list[Json], inputs: dict[str, Artifact]) -> list[str]:
-    """The warnings that the steps themselves gave, each once, with the steps that gave it (rows of
-    `stages`).
-    """
+    """The warnings that the steps (rows of `stages`) gave, each once, with the steps that gave it."""
     sources: dict[str, list[str]] = {}
     for row in stages:
         for text in inputs[row["id"]].result.get("warnings", []):
@@ -65,9 +63,10 @@ def _named(labels: list[str]) -> str:
 def _unknown(known: Json) -> Iterator[str]:
     # Where it knew none at all, the evaluation itself says so.
     if 0 < known["num_known"] < LEAST_KNOWN * known["num_records"]:
+        share = f"{count(known['num_known'])} of {count(known['num_records'])} old facts"
         yield (
-            f"The original model knew only {count(known['num_known'])} of {count(known['num_records'])} old facts: there was"
-            " little to forget, so these results say little about forgetting."
+            f"The original model knew only {share}: there was little to forget, so these results say little"
+            " about forgetting."
         )
 
 
@@ -79,17 +78,17 @@ def _not_forgotten(scores: Scores, method: str, protocols: list[str], results: J
             before, after = (
                 scores.get(method, protocol, state, "old_reliability") for state in ("original", "forgotten")
             )
-            failed.append(f"{_short(protocol)} {percent(before)}% before, {percent(after)}% after")
+            failed.append(f"{short(protocol)} {percent(before)}% before, {percent(after)}% after")
     if failed:
         scale = next(entry["scale"] for entry in results["methods"] if entry["method"] == method)
         yield (
-            f"{look(method).label}: subtracting with lambda {scale:g} did not lower the old answers' score beyond"
-            f" the noise ({'; '.join(failed)}). What follows cannot be credited to forgetting."
+            f"{look(method).label}: subtracting with lambda {scale:g} did not lower the old answers' score"
+            f" beyond the noise ({'; '.join(failed)}). What follows cannot be credited to forgetting."
         )
 
 
 def _graded(protocols: list[str]) -> list[str]:
-    """Not `probability`: it ranks two answers, and the old one may stay ahead long after it lost most of its
+    """All but `probability`: it ranks two answers, and the old one may stay ahead after losing most of its
     probability.
     """
     return [protocol for protocol in protocols if protocol != "probability"]
@@ -108,7 +107,7 @@ def _collapsed(scores: Scores, methods: list[str], protocols: list[str], state: 
             if value is not None and value < LEAST_LOCALITY
         ]
         if low:
-            told = f"{_short(protocol)}, unchanged: {', '.join(low)}"
+            told = f"{short(protocol)}, unchanged: {', '.join(low)}"
             yield f"{when}, most unrelated answers have changed ({told}): {advice}."
 
 
@@ -117,13 +116,13 @@ def _rounded_away(method: str, survival: Json) -> Iterator[str]:
     projection, norm_ratio = survival["projection"], survival["norm_ratio"]
     if projection is not None and POOR_PROJECTION <= projection < GOOD_PROJECTION:
         yield (
-            f"{look(method).label}: rounding to the stored type kept only {projection:.0%} of the intended change"
-            " along its own direction; set forget.dtype to float32, or forget.rounding to stochastic."
+            f"{look(method).label}: rounding to the stored type kept only {projection:.0%} of the intended"
+            " change along its own direction; set forget.dtype to float32, or forget.rounding to stochastic."
         )
     if norm_ratio is not None and norm_ratio > LARGEST_NORM_RATIO:
         yield (
-            f"{look(method).label}: the stored change is {norm_ratio:.1f} times as large as the intended one, the"
-            " rest being rounding noise; set forget.dtype to float32."
+            f"{look(method).label}: the stored change is {norm_ratio:.1f} times as large as the intended one,"
+            " the rest being rounding noise; set forget.dtype to float32."
         )
 
 
@@ -142,7 +141,7 @@ def _not_better(scores: Scores, method: str, protocol: str) -> Iterator[str]:
         text = f"{METRICS[metric].label.lower()} {percent(ours)}% against {percent(theirs)}% ({difference})"
         verdicts.setdefault(verdict, []).append(text)
     for verdict, texts in verdicts.items():
-        compared = f"{look(method).label} is {verdict} {look(baseline).label} in {_short(protocol)}"
+        compared = f"{look(method).label} is {verdict} {look(baseline).label} in {short(protocol)}"
         yield f"{compared}: {'; '.join(texts)}."
 
 
@@ -169,7 +168,7 @@ def _recited(scores: Scores, methods: list[str], protocol: str) -> Iterator[str]
     if found:
         yield (
             "The new answers are recited rather than known: rephrased, the questions rarely get them"
-            f" ({_short(protocol)}, generality against reliability: {', '.join(found)})."
+            f" ({short(protocol)}, generality against reliability: {', '.join(found)})."
         )
 
 
@@ -193,10 +192,6 @@ def _few_records(rows: list[Json]) -> Iterator[str]:
 def _few_seeds(seeds: list[int]) -> Iterator[str]:
     if len(seeds) == 2:
         yield (
-            "Two seeds tell little of how far seeds lie apart: hardly any difference can stand out from the noise;"
-            " give three or more."
+            "Two seeds tell little of how far seeds lie apart: hardly any difference can stand out from the"
+            " noise; give three or more."
         )
-
-
-def _short(protocol: str) -> str:
-    return PROTOCOLS[protocol].short if protocol in PROTOCOLS else protocol

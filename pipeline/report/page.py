@@ -1,7 +1,6 @@
 """report.html: everything in results.json on one self-contained page, for people.
 
-The page loads nothing: no scripts, fonts or pictures from elsewhere. All text from data is escaped by the
-template.
+The page loads nothing from elsewhere, and has no scripts. The template escapes all text from data.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def _view(results: Json) -> Json:
     protocols = ordered_protocols([row["protocol"] for row in results["rows"]])
     methods = [entry["method"] for entry in results["methods"]]
     panels = figures.forgetting_curves(results["curves"])
-    # Under `probability` the old answer's curve is the new one's mirror image: the table's numbers are enough.
+    # Under `probability` the old answer's curve mirrors the new one's: the table's numbers are enough.
     curves = [
         (_way(p), panels[p]) for p in protocols if p in panels and (p != "probability" or len(protocols) == 1)
     ]
@@ -148,9 +147,7 @@ def _change(scores: Scores, row: Json, metric: str) -> Json:
 
 
 def _split(rows: list[Json], protocol: str) -> list[tuple[str, Json, Json]]:
-    """For each method, the updated model's scores over the known and over the unknown facts; none where one
-    of the two is empty.
-    """
+    """For each method, the updated model's scores over known and over unknown facts, if there are both."""
     mine = [row for row in rows if row["protocol"] == protocol and row["state"] == "updated"]
     merged = over_seeds(mine, ("method", "subset"), (*ROW_METRICS, "num_records"))
     by_subset = {(row["subset"], row["method"]): row for row in merged}
@@ -163,9 +160,7 @@ def _split(rows: list[Json], protocol: str) -> list[tuple[str, Json, Json]]:
 
 
 def _all_survives(layers: dict[str, list[Json]]) -> bool:
-    """Whether every layer keeps, as far as the page's digits go, all of what was to be subtracted from it (as
-    in float32).
-    """
+    """Whether every layer keeps all of what was to be subtracted, as far as the page's digits go."""
     kept = set()
     for rows in layers.values():
         for row in rows:
@@ -174,8 +169,8 @@ def _all_survives(layers: dict[str, list[Json]]) -> bool:
 
 
 def _sample_rows(sample: Json, methods: list[str]) -> list[tuple[str, list[Json | None]]]:
-    """What was said about one record: a row per state after the original, with an answer per method (None: no
-    such state).
+    """What was said about one record: a row per state after the original, with an answer per method, or None
+    where it has no such state.
     """
     said = {(answer["state"], answer["method"]): answer for answer in sample["said"]}
     states = [state for state in STATES if any(state == key[0] for key in said)]

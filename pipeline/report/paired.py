@@ -1,8 +1,7 @@
-"""Whether one model is better than another on the same records: mean differences, record by record, with
-their errors.
+"""Whether one model is better than another of the same seed: mean differences, record by record.
 
-The two models answered the same questions, so the error of the difference is that of the differences: hard
-questions, which both get wrong, do not blur it. Both are of one seed.
+The two answered the same questions, so the error of the difference is that of the differences: hard
+questions, which both get wrong, do not blur it.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ Json = dict[str, Any]
 
 
 def compare(updates: list[Json], records: dict[str, Records]) -> list[Json]:
-    """Every updated model against that of its method's baseline, and every forgotten one against the
-    original.
-    """
+    """Every updated model against its baseline's, and every forgotten one against the original."""
     evaluations = {(update["method"], update["seed"]): update["evaluations"] for update in updates}
     rows: list[Json] = []
     for (method, seed), states in evaluations.items():

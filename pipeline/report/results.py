@@ -1,15 +1,15 @@
-"""What a run measured, as one JSON object: gathered from its steps' manifests, and all that the page and the
-table know.
+"""What a run measured, as one JSON object: all that the page and the table know.
 
-`rows` is the contract that scripts are written against: one row per method, protocol, state and seed, scores
-as fractions of 1, null where there is none. The original model's rows are repeated for every method, so that
-each method's rows stand alone. With several seeds `summary` has a row per method, protocol and state: of each
-score the `mean` over seeds and its standard `deviation` (n - 1); with one seed it is empty, and `seed` is that
-seed.
+`rows` is the contract that scripts are written against: one row per method, protocol, state and seed. Scores
+are fractions of 1, null where there is none. The original model's rows are repeated for every method, so
+that each method's rows stand alone.
 
-`comparisons` pairs, record by record, models of the same seed: `difference` is the mean over the records, and
-`stderr` its standard error over them. `known` counts facts of the original model; over several seeds these
-counts, `survival` and `layers` are means over seeds. `samples` are those of the first seed.
+`summary` has a row per method, protocol and state where there are several seeds: of each score the `mean`
+over seeds and the standard `deviation` (n - 1). With one seed it is empty, and `seed` is that seed.
+
+`comparisons` pairs models of the same seed, record by record: `difference` is the mean over records, `stderr`
+its standard error. `known` counts the facts that the original model knew. These counts, `survival` and
+`layers` are means over seeds; `samples` are those of the first seed.
 
 `survival` and `layers` have an entry for every method that forgets: the subtraction's figures over the whole
 model, and by layer `{"layer": 0, "attention": {...}, "mlp": {...}, "matrices": {name: L2 norm of its
@@ -47,11 +47,11 @@ Json = dict[str, Any]
 
 
 def build(section: Json, inputs: dict[str, Artifact]) -> Json:
-    """The results of one run.
+    """The results of one run; `inputs` maps every step's id to its artifact.
 
-    `section` is the report step's own: name, seeds, the facts step's id, and for each method and seed an
-    update (method, seed, scale, its evaluations' step ids by state, its subtraction's step id). `inputs` maps
-    every step's id to its artifact. Raises InputError for a step that has not finished.
+    `section` is the report step's own: name, seeds, the facts step's id, and an update for each method and
+    seed: its scale, its evaluations' step ids by state, and its subtraction's step id. Raises InputError for
+    a step that has not finished.
     """
     updates, seeds = section["updates"], section["seeds"]
     sampled = samples.choose(_evaluation(updates[0], "original", inputs)["num_records"])

@@ -1,5 +1,4 @@
-"""A few records with what each model said, word for word, so that a reader can see for himself what the
-scores mean.
+"""A few records with what each model said, word for word: what the scores mean.
 
 The records are evenly spaced over the data, never picked by their result.
 """

@@ -11,14 +11,14 @@ from pipeline.evaluate.scores import mean
 Json = dict[str, Any]
 
 _STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5% quantiles of Student's t for 1 to 10 degrees of freedom; for more, that of 10 errs on the safe side."""
+"""97.5% quantiles of Student's t for 1 to 10 degrees of freedom. For more, that of 10 is a little large."""
 
 
 def over_seeds(rows: Iterable[Json], by: Sequence[str], of: Sequence[str]) -> list[Json]:
-    """One row for all rows that agree in every field of `by`, in the order of the first of each.
+    """One row for all rows that agree in the fields `by`, in the order of the first of each.
 
-    It is their first with, for each field of `of`, the mean (None where a seed has none); `num_seeds`; and
-    `deviation`, by field the standard deviation over seeds (None with one seed).
+    That is their first, with the mean of each field in `of` (None where a seed has none), `num_seeds`, and
+    `deviation`: of each field the standard deviation over seeds (None with one seed).
     """
     groups: dict[tuple[Any, ...], list[Json]] = {}
     for row in rows:
@@ -59,7 +59,7 @@ def deviation(values: Sequence[float | None]) -> float | None:
 
 
 def margin(values: Sequence[float]) -> float:
-    """Half the 95% confidence interval of the mean of one number a seed (Student's t); of two seeds at least."""
+    """Half the 95% confidence interval (Student's t) of the mean of one number a seed, of two or more."""
     spread = deviation(values)
     assert spread is not None
     return _STUDENT_T[min(len(values) - 1, len(_STUDENT_T)) - 1] * spread / math.sqrt(len(values))

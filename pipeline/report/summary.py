@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pipeline.report.compare import Scores
 from pipeline.report.cost import update_seconds
-from pipeline.report.terms import PROTOCOLS, look, ordered_protocols, percent
+from pipeline.report.terms import look, ordered_protocols, percent, short
 
 Json = dict[str, Any]
 
@@ -59,7 +59,7 @@ def _original(scores: Scores, method: str, protocol: str) -> str | None:
     if new is None or old is None:
         return None
     told = f"{percent(old)}% of the questions get the old answer and {percent(new)}% the new one"
-    return f"Before any update, {told} ({_way(protocol)})."
+    return f"Before any update, {told} ({short(protocol)})."
 
 
 def _method(scores: Scores, method: str, protocol: str, results: Json) -> str | None:
@@ -101,7 +101,3 @@ def _gain(scores: Scores, method: str, baseline: str, protocol: str) -> str | No
 def _cost(results: Json, method: str, baseline: str) -> str | None:
     seconds, reference = (sum(update_seconds(results, m).values()) for m in (method, baseline))
     return f"training took {seconds / reference:.2f} times as long" if seconds and reference else None
-
-
-def _way(protocol: str) -> str:
-    return PROTOCOLS[protocol].short if protocol in PROTOCOLS else protocol

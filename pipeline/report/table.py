@@ -1,6 +1,4 @@
-"""The results as a table for the terminal: the updated models under each protocol, the original on top,
-findings below.
-"""
+"""The results as a table for the terminal: under each protocol the original and the updated models."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from pipeline.report.compare import Scores
-from pipeline.report.terms import METRICS, PROTOCOLS, SCORES, look, ordered_protocols, percent
+from pipeline.report.terms import METRICS, SCORES, look, ordered_protocols, percent, short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,8 +17,9 @@ Json = dict[str, Any]
 
 
 def render(results: Json, width: int, colour: bool | None = None) -> str:
-    """The table as text, at most `width` characters wide. `colour` adds terminal styles; None: if stdout is a
-    terminal.
+    """The table and the findings as text, at most `width` characters wide.
+
+    `colour` adds terminal styles; None: if stdout is a terminal.
     """
     from rich.console import Console
     from rich.text import Text
@@ -60,7 +59,7 @@ def _table(results: Json) -> Table:
         models = [("original", scores.row(methods[0], protocol, "original"))]
         models += [(look(method).label, scores.row(method, protocol, "updated")) for method in methods]
         best = best_values([row for _, row in models[1:] if row], metrics)
-        table.add_row(f"[bold]{PROTOCOLS[protocol].short if protocol in PROTOCOLS else protocol}[/bold]")
+        table.add_row(f"[bold]{short(protocol)}[/bold]")
         for i, (label, row) in enumerate(models):
             cells = [_cell(row, metric, best if i else {}) for metric in metrics]
             table.add_row(f"  {label}", *cells, end_section=i == len(models) - 1)

@@ -1,6 +1,6 @@
-"""What things are called and how they look in the report: states, protocols and metrics, one plain table each.
+"""What states, protocols and metrics are called in the report, one table each.
 
-What methods are called stands in `pipeline/methods.py`, and what stages are in `pipeline/stages.py`.
+Methods have their names in `pipeline/methods.py`, stages in `pipeline/stages.py`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ PROTOCOLS: dict[str, Way] = {
     "generation": Way(
         "What it says when asked",
         "free generation",
-        "The model gets the question alone and writes its answer, always taking the likeliest token. This is what a user sees, and the "
-        "hardest of the three tests.",
+        "The model gets the question alone and writes its answer, always taking the likeliest token. This is"
+        " what a user sees, and the hardest of the three tests.",
         "",
         {
             "reliability": "share of questions answered with the new answer",
@@ -69,13 +69,15 @@ PROTOCOLS: dict[str, Way] = {
     "probability": Way(
         "Which answer it finds likelier",
         "likelier answer",
-        "Old and new answer compete: each gets the model's mean log-likelihood per token, and the likelier one wins. The editing "
-        "literature calls these scores ES, PS and NS. Even a slight preference counts as a win.",
+        "Old and new answer compete: each gets the model's mean log-likelihood per token, and the likelier"
+        " one wins. The editing literature calls these scores ES, PS and NS. Even a slight preference counts"
+        " as a win.",
         "",
         {
             "reliability": "share of questions whose new answer beats the old one",
             "generality": "the same for rephrasings of the questions",
-            "locality": "share of neighbouring questions (whose true answer is the old one) that still favour it",
+            "locality": "share of neighbouring questions (whose true answer is the old one) that still favour"
+            " it",
             "leakage": "share of questions whose old answer still beats the new one",
             "portability": "not measured by this protocol",
         },
@@ -83,15 +85,16 @@ PROTOCOLS: dict[str, Way] = {
     "token": Way(
         "Token by token, the paper's metric",
         "token accuracy",
-        "Question and right answer go in together, and each answer token counts if it would have been the model's first choice at "
-        "its place. The paper's tables (and EasyEdit) use this score.",
-        "It has a floor well above zero, because the model is shown the beginning of the right answer: in the paper, models that know only "
-        "the old answers score about 20 on CounterFact and about 43 on ZsRE. Read the scores against the original model's row, not "
-        "against 0.",
+        "Question and right answer go in together, and each answer token counts if it would have been the"
+        " model's first choice at its place. The paper's tables (and EasyEdit) use this score.",
+        "It has a floor well above zero, because the model is shown the beginning of the right answer: in the"
+        " paper, models that know only the old answers score about 20 on CounterFact and about 43 on ZsRE."
+        " Read the scores against the original model's row, not against 0.",
         {
             "reliability": "new answer's tokens that are the model's first choice",
             "generality": "the same after rephrasings of the questions",
-            "locality": "tokens predicted at the answers of unrelated questions that are the original model's too",
+            "locality": "tokens predicted at the answers of unrelated questions that are the original model's"
+            " too",
             "leakage": "share of records whose whole old answer is still the first choice, token for token",
             "portability": "the same for answers that follow from the new fact",
         },
@@ -102,9 +105,13 @@ PROTOCOLS: dict[str, Way] = {
 
 def ordered_protocols(present: list[str]) -> list[str]:
     """The protocols that were measured, the most telling one first."""
-    return [name for name in PROTOCOLS if name in present] + [
-        name for name in present if name not in PROTOCOLS
-    ]
+    known = [name for name in PROTOCOLS if name in present]
+    return known + [name for name in present if name not in PROTOCOLS]
+
+
+def short(protocol: str) -> str:
+    """The protocol in two words; one that the table does not know goes by its own name."""
+    return PROTOCOLS[protocol].short if protocol in PROTOCOLS else protocol
 
 
 def three_digits(value: float | None, factor: float = 1) -> str:

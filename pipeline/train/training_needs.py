@@ -12,10 +12,10 @@ LoRA's); h = hidden size, V = vocabulary:
                  token and layer, and one layer in full
                  logits: (w + 8) V per answer token; and the process itself
 
-A checkpoint holds 12 T, the last one of a training 4 T (its moments are left out), and w T for the module at
-stages 1 and 2. While one replaces another there are two; a training shorter than `checkpoint_every_steps` has
-but its last, unless it is stopped. Operations per token: 6 P in full, 4 P for LoRA, and 2 P more with gradient
-checkpointing.
+A checkpoint holds 12 T, the last one of a training 4 T (its moments are left out), and w T for the module
+at stages 1 and 2. While one replaces another there are two; a training shorter than `checkpoint_every_steps`
+has but its last, unless it is stopped. Operations per token: 6 P in full, 4 P for LoRA, and 2 P more with
+gradient checkpointing.
 """
 
 from __future__ import annotations

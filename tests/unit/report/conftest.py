@@ -95,11 +95,16 @@ class FakeRun:
     def facts(self) -> list[Fact]:
         return [
             Fact(
-                f"town-{i}", self.prompt.format(i=i), f"town {i}", [f"Old Mayor {i}"], f"New Mayor {i}",
-                [f"Name the mayor of town {i}."], [Probe(f"Which river runs through town {i}?", [f"River {i}"], "neighbour")],
+                f"town-{i}",
+                self.prompt.format(i=i),
+                f"town {i}",
+                [f"Old Mayor {i}"],
+                f"New Mayor {i}",
+                [f"Name the mayor of town {i}."],
+                [Probe(f"Which river runs through town {i}?", [f"River {i}"], "neighbour")],
             )
             for i in range(self.num_records)
-        ]  # fmt: skip
+        ]
 
     def _plan(self, folder: Path) -> Plan:
         return make_plan(

@@ -256,10 +256,8 @@ def test_summary_speaks_of_the_best_method_in_its_numbers(results: Json, html: s
     assert headline[1].startswith(
         f"{look(best).label} learned {percent(row['reliability'])}% of the new answers"
     )
-    assert (
-        f"still gives {percent(row['leakage'])}% of the old ones (originally {percent(rows[best, 'original']['leakage'])}%)"
-        in headline[1]
-    )
+    left, before = percent(row["leakage"]), percent(rows[best, "original"]["leakage"])
+    assert f"still gives {left}% of the old ones (originally {before}%)" in headline[1]
 
 
 def test_figures_tell_those_who_cannot_see_them(results: Json, html: str) -> None:
@@ -293,7 +291,10 @@ def test_norm_and_relative_norm_by_layer(html: str) -> None:
     assert norm_lora.startswith(
         "Norm of the forget vector of F-Learning_LoRA, F-Learning_LoRA-FT. layer 0: MLP 0, attention 1.1; "
     )
-    start = "Norm of the forget vector of F-Learning_FT, in % of the original weights' norm. layer 0: MLP 3.8, attention 2.75; "
+    start = (
+        "Norm of the forget vector of F-Learning_FT, in % of the original weights' norm."
+        " layer 0: MLP 3.8, attention 2.75; "
+    )
     assert relative_ft.startswith(start)
     assert "layer 0: MLP 0, attention 2.75; " in relative_lora
 
@@ -328,7 +329,10 @@ def test_survival_by_layer_where_rounding_took_something(write_run: WriteRun) ->
     assert KEPT_ALL not in html
     assert "What survives of it" in html
     whole, rounded, *norms = layer_pictures(html)
-    start = "Share of the intended change of F-Learning_LoRA{} that the stored weights keep, in %. layer 0: attention 100; "
+    start = (
+        "Share of the intended change of F-Learning_LoRA{} that the stored weights keep, in %."
+        " layer 0: attention 100; "
+    )
     assert whole.startswith(start.format(""))
     assert rounded.startswith(start.format("-FT"))  # the same vector, subtracted with another lambda
     assert rounded.endswith("layer 3: attention 81.2.")

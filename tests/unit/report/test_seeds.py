@@ -1,4 +1,4 @@
-"""Several seeds: means and deviations, differences paired within a seed, and what the report shows of them."""
+"""Several seeds: means and deviations, differences paired within a seed, and what the report shows."""
 
 from __future__ import annotations
 
