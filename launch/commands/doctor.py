@@ -8,7 +8,7 @@ import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from launch.doctor import cluster_check, forecast, machine
+from launch.doctor import cluster_check, machine
 from launch.doctor.capacity import Capacity, measure_flops
 from launch.doctor.machine import Row
 from pipeline import config
@@ -58,6 +58,8 @@ def rows(experiment: Experiment | None, on: str = "here", gpu_bytes: int | None 
     else:
         capacity = yield from cluster_check.rows(cluster, inputs(experiment))
     if experiment is not None and capacity is not None:
+        from launch.doctor import forecast
+
         if gpu_bytes is not None:
             capacity = capacity._replace(device_bytes=gpu_bytes, flops=None)
         yield from forecast.rows(experiment, capacity)
