@@ -163,8 +163,8 @@ def _is_for_the_terminal(record: logging.LogRecord) -> bool:
 def _report(error: Exception, folder: StepFolder, context: Context) -> int:
     """Say what went wrong, note it in the step's folder, and return the exit code.
 
-    A mistake of the caller's is one line. Where the system refuses a file, the log has the traceback besides,
-    since the line does not say who was refused. Anything else is a traceback.
+    A mistake of the caller's is one line. So is a file that the system refuses, but the log has the traceback
+    besides: the line does not say who was refused. Anything else is a traceback.
     """
     mistake = str(error) if isinstance(error, InputError) else refusal_message(error)
     if mistake is None:
@@ -189,8 +189,8 @@ def _log_traceback(path: Path) -> None:
 def leave(code: int, context: Context) -> NoReturn:
     """Flush, leave the process group, and exit at once.
 
-    After DeepSpeed work a process sometimes aborts inside Python's finalisation ("terminate called without an
-    active exception"), which would turn a finished run into a failed one.
+    After DeepSpeed work a process sometimes aborts while Python shuts down ("terminate called without an
+    active exception"). That would turn a finished run into a failed one.
     """
     import torch.distributed as dist
 

@@ -37,10 +37,13 @@ SMALL = [
     "cluster.ranks=2",
     "cluster.nodes=2",
 ]
-ZERO = {
-    stage: [f"{name}.deepspeed=configs/deepspeed/zero{stage}.json" for name in ("teach", "full", "lora")]
-    for stage in (2, 3)
-}
+
+
+def zero(stage: int) -> list[str]:
+    return [f"{name}.deepspeed=configs/deepspeed/zero{stage}.json" for name in ("teach", "full", "lora")]
+
+
+ZERO = {stage: zero(stage) for stage in (2, 3)}
 # One of the two has all methods, and nothing that has to be long.
 ZERO[3] += [
     "methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]",

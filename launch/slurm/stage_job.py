@@ -44,7 +44,7 @@ class StageJob:
 
 
 def _publish(plan: Plan, step: str) -> None:
-    """Put a finished report at the top of the run's folder, if it is of the plan that was submitted last."""
+    """Copy a finished report to the top of the run's folder, if its plan was the last to be submitted."""
     run_folder = RunFolder(plan.run_dir)
     if step == plan.report.id and plan.artifact(plan.report).is_complete and step in run_folder.plan().steps:
         run_folder.publish(plan)
