@@ -7,119 +7,89 @@ import json
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.filesize import decimal
 
 from pipeline.context import Progress
+from pipeline.delta.inspect import inspect, render
+from pipeline.delta.subtract import subtract
+from pipeline.delta.undo import say_how_exact, undo
+from pipeline.delta.verify import verify
 from pipeline.errors import printable
-
-if TYPE_CHECKING:
-    from pipeline.weights.folder_writer import Outcome
+from pipeline.weights.folder_writer import Outcome
 
 SOURCE = "a model folder, a ZeRO checkpoint, an adapter folder, ..."
+RESULT = "a folder that `flearn delta subtract` made"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_subparsers(required=True, metavar="ACTION")
-    _add_subtract(group)
-    _add_inspect(group)
-    _add_verify(group)
-    _add_undo(group)
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    what = "write base - L * (tuned - base); run again to go on after a kill"
+    _add_subtract(actions.add_parser("subtract", help=what))
+    what = "kind, tensors, dtypes, ties and sizes of what a path holds"
+    _add_inspect(actions.add_parser("inspect", help=what))
+    what = "read a result again, and compare with its manifest and its inputs"
+    _add_verify(actions.add_parser("verify", help=what))
+    what = "get the base back from a float32 result and what was subtracted"
+    _add_undo(actions.add_parser("undo", help=what))
 
 
-def _add_subtract(group: Any) -> None:
-    parser = group.add_parser(
-        "subtract", help="write base - L * (tuned - base); run again to go on after a kill"
-    )
-    parser.add_argument(
-        "--base", required=True, type=Path, metavar="SRC", help=f"what to subtract from: {SOURCE}"
-    )
-    parser.add_argument(
-        "--tuned",
-        required=True,
-        type=Path,
-        metavar="SRC",
-        help="the base after fine-tuning, or an adapter on it",
-    )
+def _add_subtract(parser: argparse.ArgumentParser) -> None:
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-1 for an option
-    parser.add_argument("--scale", required=True, type=float, metavar="L", help="the paper's lambda")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder for the result")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16", "same"],
-        default="float32",
-        help="how weights are stored",
-    )
-    parser.add_argument(
-        "--rounding",
-        choices=["nearest", "stochastic"],
-        default="nearest",
-        help="to 16 bits; stochastic keeps the mean",
-    )
+    add = parser.add_argument
+    add("--base", required=True, type=Path, metavar="SRC", help=f"what to subtract from: {SOURCE}")
+    tuned = "the base after fine-tuning, or an adapter on it"
+    add("--tuned", required=True, type=Path, metavar="SRC", help=tuned)
+    add("--scale", required=True, type=float, metavar="L", help="the paper's lambda")
+    add("--out", required=True, type=Path, metavar="DIR", help="a new folder for the result")
+    dtypes = ["float32", "bfloat16", "float16", "same"]
+    add("--dtype", choices=dtypes, default="float32", help="how weights are stored")
+    rounding = "to 16 bits; stochastic keeps the mean"
+    add("--rounding", choices=["nearest", "stochastic"], default="nearest", help=rounding)
     _add_writing(parser)
     parser.set_defaults(handler=_subtract)
 
 
-def _add_inspect(group: Any) -> None:
-    parser = group.add_parser("inspect", help="kind, tensors, dtypes, ties and sizes of what a path holds")
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SRC", help=SOURCE)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(handler=_inspect)
 
 
-def _add_verify(group: Any) -> None:
-    parser = group.add_parser(
-        "verify", help="read a result again, and compare with its manifest and its inputs"
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that `flearn delta subtract` made")
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help=RESULT)
     _add_reading(parser)
     parser.set_defaults(handler=_verify)
 
 
-def _add_undo(group: Any) -> None:
-    parser = group.add_parser("undo", help="get the base back from a float32 result and what was subtracted")
-    parser.add_argument(
-        "forgotten", type=Path, metavar="OUT", help="a folder that `flearn delta subtract` made"
-    )
+def _add_undo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("forgotten", type=Path, metavar="OUT", help=RESULT)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder for the base")
-    parser.add_argument(
-        "--tuned",
-        type=Path,
-        metavar="SRC",
-        help="the tuned model or adapter (default: where the manifest says)",
-    )
+    tuned = "the tuned model or adapter (default: where the manifest says)"
+    parser.add_argument("--tuned", type=Path, metavar="SRC", help=tuned)
     _add_writing(parser)
     parser.set_defaults(handler=_undo)
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
     """What decides where and how a result is written, never its bytes (but for the shards' size)."""
-    parser.add_argument(
-        "--max-shard-size", default="2GB", metavar="SIZE", help="of one safetensors file (default 2GB)"
-    )
+    size = "of one safetensors file (default 2GB)"
+    parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help=size)
     _add_reading(parser)
-    parser.add_argument(
-        "--part",
-        type=_part,
-        default=(0, 1),
-        metavar="I/N",
-        help="be the I-th of N workers on one shared folder",
-    )
+    part = "be the I-th of N workers on one shared folder"
+    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help=part)
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--memory",
-        default="256MiB",
-        metavar="SIZE",
-        help="the most to use besides Python itself (default 256MiB)",
-    )
-    parser.add_argument(
-        "--io", choices=["auto", "direct", "buffered"], default="auto", help="past or through the page cache"
-    )
+    memory = "the most to use besides Python itself (default 256MiB)"
+    parser.add_argument("--memory", default="256MiB", metavar="SIZE", help=memory)
+    io = "past or through the page cache"
+    parser.add_argument("--io", choices=["auto", "direct", "buffered"], default="auto", help=io)
 
 
 def _part(text: str) -> tuple[int, int]:
-    """Parts count from 1 for people, from 0 inside."""
+    """(index, number of parts): counted from 1 on the command line, from 0 inside."""
     number, separator, count = text.partition("/")
     if not separator or not number.isdecimal() or not count.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 1/4")
@@ -127,8 +97,6 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _subtract(arguments: argparse.Namespace) -> int:
-    from pipeline.delta.subtract import subtract
-
     with Progress("subtracting", "bytes") as progress:
         outcome = subtract(
             arguments.base,
@@ -146,9 +114,7 @@ def _subtract(arguments: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
-    """At once, for what follows may take a while; and that is done, with its exit code, whether or not
-    anybody reads the line.
-    """
+    """Print at once: what follows may take a while. Nobody has to read it: a closed output is no failure."""
     with suppress(OSError):
         print(line, flush=True)
 
@@ -159,16 +125,12 @@ def _how(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from pipeline.delta.inspect import inspect, render
-
     found = inspect(arguments.source)
     print(json.dumps(found, indent=2) if arguments.json else render(found))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from pipeline.delta.verify import verify
-
     with Progress("verifying", "bytes") as progress:
         verdict = verify(arguments.out, memory=arguments.memory, io=arguments.io, progress=progress)
     for problem in verdict.problems:
@@ -178,8 +140,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _undo(arguments: argparse.Namespace) -> int:
-    from pipeline.delta.undo import say_how_exact, undo
-
     with Progress("undoing", "bytes") as progress:
         outcome = undo(
             arguments.forgotten,
@@ -196,24 +156,23 @@ def _undo(arguments: argparse.Namespace) -> int:
 
 
 def _summary(outcome: Outcome, out: Path) -> str:
-    from rich.filesize import decimal
-
     if outcome.state == "waiting":
         return f"{out}: this part is done; {_count(outcome.num_waiting, 'shard')} left to other parts"
     if outcome.state == "found":
         return f"{out}: already done, nothing was written"
     manifest = outcome.manifest
+    shards = _count(len(manifest["shards"]), "shard")
+    lines = [f"{out}: {decimal(manifest['num_bytes'])} in {shards}, {manifest['dtype']}"]
     survival = manifest["survival"]
-    lines = [
-        f"{out}: {decimal(manifest['num_bytes'])} in {_count(len(manifest['shards']), 'shard')}, {manifest['dtype']}"
-    ]
     if survival["projection"] is not None and not manifest["recipe"].get("undoes"):
         lines.append(
-            f"survival: {survival['share_changed']:.1%} of the weights changed; {survival['projection']:.1%} of the intended change"
-            f" is stored (cosine {survival['cosine'] or 0:.3f}, norm {survival['norm_ratio']:.2f} times the intended)"
+            f"survival: {survival['share_changed']:.1%} of the weights changed;"
+            f" {survival['projection']:.1%} of the intended change is stored"
+            f" (cosine {survival['cosine'] or 0:.3f}, norm {survival['norm_ratio']:.2f} times the intended)"
         )
     lines += [f"note: {note}" for note in manifest["notes"]]
-    return "\n".join(lines + [f"warning: {warning}" for warning in manifest["warnings"]])
+    lines += [f"warning: {warning}" for warning in manifest["warnings"]]
+    return "\n".join(lines)
 
 
 def _count(number: int, noun: str) -> str:

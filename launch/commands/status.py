@@ -16,6 +16,7 @@ from launch.slurm.chain import ATTEMPT
 from launch.slurm.scheduler import JobState
 from pipeline.errors import InputError
 from pipeline.plan import Plan, Step
+from pipeline.weights.journal import INCOMPLETE
 
 Row = dict[str, Any]
 _SRUN = re.compile(r"^srun: error: (\S+): tasks? (\S+): (.*)$", flags=re.MULTILINE)
@@ -169,5 +170,5 @@ def progress(folder: Path) -> str:
     rows = sum(part.read_bytes().count(b"\n") for part in folder.glob("records-rank*.jsonl"))
     if rows:
         return f"{rows} facts scored"
-    shards = sum(1 for path in folder.glob("model/.incomplete/*.json") if path.name != "recipe.json")
+    shards = len(list(folder.glob(f"model/{INCOMPLETE}/*.json")))  # a receipt each
     return f"{shards} shards written" if shards else ""

@@ -25,7 +25,7 @@ def inspecting(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
     def fail(path: Path) -> None:
         raise error
 
-    monkeypatch.setattr("pipeline.delta.inspect.inspect", fail)
+    monkeypatch.setattr("launch.commands.delta.inspect", fail)
     return main(["delta", "inspect", "model"])
 
 
