@@ -1,3 +1,5 @@
+"""`flearn delta`: what each action prints, and its exit code."""
+
 from __future__ import annotations
 
 import json
@@ -48,10 +50,8 @@ def test_a_negative_scale_is_no_option(tmp_path: Path, scale: str) -> None:
 def test_a_result_without_a_config_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, _ = write_pair(tmp_path)
     assert subtract(tmp_path) == 0
-    assert (
-        f"warning: the result has no config.json, for {base} has none"
-        in capsys.readouterr().out.splitlines()[-1]
-    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"warning: the result has no config.json, for {base} has none" in last
     (base / "config.json").write_text("{}")
     assert subtract(tmp_path, "--out", str(tmp_path / "other")) == 0
     assert "warning" not in capsys.readouterr().out
@@ -75,13 +75,10 @@ def deaf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
     """The command with a standard output that takes nothing; a pipe says so at the first flush."""
 
     def run(*words: object) -> int:
-        with (
-            monkeypatch.context() as patch,
-            ExitStack() as stack,
-        ):  # within the test: pytest sets stdout before each
-            patch.setattr(
-                sys, "stdout", stack.enter_context(broken_pipe()) if "pipe" in request.param else None
-            )
+        # Here, within the test: pytest sets stdout before each.
+        with monkeypatch.context() as patch, ExitStack() as stack:
+            stdout = stack.enter_context(broken_pipe()) if "pipe" in request.param else None
+            patch.setattr(sys, "stdout", stdout)
             return main(["delta", *map(str, words)])
 
     return run
@@ -95,9 +92,8 @@ def broken_pipe() -> TextIO:
 
 def test_the_work_is_done_though_nobody_reads_what_is_said(tmp_path: Path, deaf: Callable[..., int]) -> None:
     base, tuned = write_pair(tmp_path)
-    assert (
-        deaf("subtract", "--base", base, "--tuned", tuned, "--scale", "0.3", "--out", tmp_path / "out") == 0
-    )
+    sources = ("--base", base, "--tuned", tuned)
+    assert deaf("subtract", *sources, "--scale", "0.3", "--out", tmp_path / "out") == 0
     right = formula(load(base), load(tuned), 0.3)
     assert all(made.equal(right[name]) for name, made in load(tmp_path / "out").items())
     assert deaf("undo", tmp_path / "out", "--out", tmp_path / "back") == 0
@@ -194,11 +190,8 @@ def test_verify_says_in_one_line_what_it_could_not_do(
     capsys.readouterr()
     assert main(["delta", "verify", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().out
-    assert (
-        told.startswith(f"{tmp_path / 'out'}: not finished, ")
-        and "run the same command again" in told
-        and told.count("\n") == 1
-    )
+    assert told.startswith(f"{tmp_path / 'out'}: not finished, ") and told.count("\n") == 1
+    assert "run the same command again" in told
     subtract(tmp_path, "--max-shard-size", "20KB", "--part", "2/2")
     (tmp_path / "tuned").rename(tmp_path / "moved")
     capsys.readouterr()

@@ -1,6 +1,4 @@
-"""Files that are damaged or meant to do harm, through the command: one line, exit code 2, nothing run,
-nothing written.
-"""
+"""Files that are damaged or meant to do harm: one line, exit code 2, nothing run, nothing written."""
 
 from __future__ import annotations
 
@@ -29,9 +27,13 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return told
 
 
+def words(base: Path, tuned: Path, out: Path) -> list[str]:
+    return ["subtract", "--base", str(base), "--tuned", str(tuned), "--out", str(out), "--scale", "0.3"]
+
+
 def subtract(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> str:
-    names = ["--base", folder / "base", "--tuned", folder / "tuned", "--out", folder / "out"]
-    return refused(capsys, "subtract", *names, "--scale", "0.3", *options)
+    """What it says of `folder`/base and `folder`/tuned."""
+    return refused(capsys, *words(folder / "base", folder / "tuned", folder / "out"), *options)
 
 
 def header(content: Any, data: bytes = b"") -> bytes:
@@ -62,9 +64,8 @@ FILES = {
 def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], role: str, name: str) -> None:
     write_pair(tmp_path)
     (tmp_path / role / "model.safetensors").write_bytes(FILES[name])
-    assert "model.safetensors" in subtract(capsys, tmp_path) or "tensor is named" in subtract(
-        capsys, tmp_path
-    )
+    told = subtract(capsys, tmp_path)
+    assert "model.safetensors" in told or "tensor is named" in told
     assert not (tmp_path / "out").exists()
     refused(capsys, "inspect", tmp_path / role)
 
@@ -92,9 +93,8 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_an_index_that_leads_out_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned = write_pair(tmp_path)
     (tuned / "model.safetensors").unlink()
-    (tuned / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(load(base), "../base/model.safetensors")})
-    )
+    weight_map = dict.fromkeys(load(base), "../base/model.safetensors")
+    (tuned / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert "not a file name inside the folder" in subtract(capsys, tmp_path)
 
 
@@ -109,23 +109,7 @@ def test_a_snapshot_of_the_hubs_cache_is_a_model(tmp_path: Path) -> None:
         (tmp_path / "hub/blobs" / path.stem).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{path.stem}")
     out = tmp_path / "out"
-    assert (
-        main(
-            [
-                "delta",
-                "subtract",
-                "--base",
-                str(snapshot),
-                "--tuned",
-                str(tuned),
-                "--scale",
-                "0.3",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    assert main(["delta", *words(snapshot, tuned, out)]) == 0
     right = formula(load(base), load(tuned), 0.3)
     assert all(values.equal(right[name]) for name, values in load(out).items())
     assert not any(path.is_symlink() for path in out.iterdir())
@@ -148,8 +132,7 @@ def test_a_file_to_copy_that_is_a_link_out_of_the_folder(
     (base / "files").mkdir()
     (base / "files/settings.json").write_text(secret.read_text())
     (base / name).symlink_to("files/settings.json" if name.endswith(".json") else "files")
-    words = ["--base", str(base), "--tuned", str(tuned), "--scale", "0.3", "--out", str(tmp_path / "out")]
-    assert main(["delta", "subtract", *words]) == 0
+    assert main(["delta", *words(base, tuned, tmp_path / "out")]) == 0
     assert [path for path in (tmp_path / "out").rglob("*.json") if "llama" in path.read_text()]
 
 
@@ -198,10 +181,8 @@ ADAPTERS = [
 def test_adapter_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str) -> None:
     _, tuned = write_pair(tmp_path)
     (tuned / "model.safetensors").unlink()
-    save_file(
-        {f"model.norm.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
-        tuned / "adapter_model.safetensors",
-    )
+    factors = {f"model.norm.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
+    save_file(factors, tuned / "adapter_model.safetensors")
     (tuned / "adapter_config.json").write_text(config)
     assert "adapter_config.json" in subtract(capsys, tmp_path)
     if config in ADAPTERS[:2]:
@@ -247,23 +228,7 @@ def test_a_manifest_whose_paths_colour_the_terminal(
 ) -> None:
     base, tuned = write_pair(tmp_path)
     out, path = tmp_path / "out", "a\x1b[31m\x9b2J\nflearn: all is well \ud800"
-    assert (
-        main(
-            [
-                "delta",
-                "subtract",
-                "--base",
-                str(base),
-                "--tuned",
-                str(tuned),
-                "--scale",
-                "0.3",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    assert main(["delta", *words(base, tuned, out)]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["recipe"]["tuned"]["path"] = path
     (out / "manifest.json").write_text(json.dumps(manifest))
@@ -271,11 +236,10 @@ def test_a_manifest_whose_paths_colour_the_terminal(
     assert main(["delta", "inspect", str(out), *options]) == 0
     told = capsys.readouterr().out
     assert all(line.isprintable() for line in told.split("\n"))
-    assert (
-        json.loads(told)["made_by"]["tuned"]["path"] == path
-        if options
-        else r"a\x1b[31m\x9b2J\nflearn: all is well \ud800" in told
-    )
+    if options:
+        assert json.loads(told)["made_by"]["tuned"]["path"] == path
+    else:
+        assert r"a\x1b[31m\x9b2J\nflearn: all is well \ud800" in told
 
 
 def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
@@ -302,19 +266,7 @@ def damaged_manifests() -> dict[str, Callable[[dict[str, Any]], object]]:
 def test_a_damaged_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     base, tuned = write_pair(tmp_path)
     out = tmp_path / "out"
-    words = [
-        "delta",
-        "subtract",
-        "--base",
-        str(base),
-        "--tuned",
-        str(tuned),
-        "--scale",
-        "0.3",
-        "--out",
-        str(out),
-    ]
-    assert main(words) == 0
+    assert main(["delta", *words(base, tuned, out)]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     damaged_manifests()[name](manifest)
     (out / "manifest.json").write_text(json.dumps(manifest))
@@ -337,9 +289,8 @@ def test_direct_io_that_the_file_system_refuses(
 
     monkeypatch.setattr(os, "open", refuse)
     assert "--io buffered" in subtract(capsys, tmp_path, "--io", "direct")
-    assert not [
-        path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".safetensors"))
-    ]
+    written = [path.name for path in (tmp_path / "out").rglob("*")]
+    assert not [name for name in written if name.endswith((".tmp", ".safetensors"))]
 
 
 def test_an_output_that_may_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
