@@ -58,6 +58,7 @@ def block_of(name: str) -> str:
 
     `post_attention_layernorm.weight` is other.
     """
+    # First, for norms are named after the block that they stand before.
     if re.search(r"norm|ln_", name):
         return "other"
     if _ATTENTION.search(name):

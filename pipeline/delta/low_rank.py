@@ -51,6 +51,8 @@ class Product:
 
         first, last = start // self._width, -(-stop // self._width)
         values = torch.empty(last - first, self._width)
+        # Blocks begin at multiples of the grid, wherever the slice does: so an element is always computed in
+        # the same product, whose last bits depend on the block's shape.
         grid = self._rows_of_block
         all_rows = range(first // grid * grid, min(-(-last // grid) * grid, self._height))
         for columns in _cut(range(self._width), self._columns_of_panel):

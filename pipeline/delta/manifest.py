@@ -56,7 +56,7 @@ def make_recipe(
         "dtype": dtype,
         "max_shard_bytes": max_shard_bytes,
     }
-    if formula.rounding == "nearest":
+    if formula.rounding == "nearest":  # another seed gives the same bytes
         del recipe["seed"]
     return recipe
 

@@ -62,6 +62,7 @@ def require_usable(base: TensorSource) -> None:
 
 def _other_name(base: TensorSource, tuned: TensorSource, info: TensorInfo) -> str:
     """The tuned model's name of a base tensor."""
+    # A fine-tuned model may keep one of two tied tensors under the other's name.
     if info.name in tuned.tensors:
         return info.name
     return tuned.aliases.get(info.name) or _tied_to(base, info) or info.name

@@ -128,6 +128,7 @@ def write_virtual(
     """
     if not 0 <= part[0] < part[1]:
         raise InputError(f"part {part[0] + 1}/{part[1]}: must be I/N with I from 1 to N")
+    # A plan of names and sizes alone: workers on other machines make the same one.
     shards = plan_shards(virtual.tensors.values(), recipe["max_shard_bytes"])
     content = Content(shards, render_extras(extras, main_dtype(virtual.tensors.values())), recipe)
 

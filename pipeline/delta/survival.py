@@ -50,6 +50,7 @@ class Survival:
 
     def figures(self, scale: float) -> dict[str, Any]:
         """The figures to show; None where no change was intended, or none was stored."""
+        # The intended change is -scale * delta: sums over delta alone do for every scale.
         intended_square = scale * scale * self.delta_square
         along = -scale * self.delta_change
         both = sqrt(intended_square * self.change_square)

@@ -69,6 +69,7 @@ def undo(
     tuned = Path(recipe["tuned"]["path"]) if tuned is None else tuned
     if not tuned.exists():
         raise InputError(f"{tuned}: the tuned model is not there; say with --tuned where it is")
+    # A sample, so that the wrong model is named at once; every byte is compared as it is read.
     if content_digest(tuned) != recipe["tuned"]["digest"]:
         raise InputError(
             f"{tuned}: is not the tuned model that was subtracted (or it has changed since):"

@@ -253,6 +253,7 @@ class _Checking:
                 if wrong
                 else []
             )
+        # The arithmetic is the same in every process: so an input must have changed, or the manifest was.
         changed = changed_inputs(virtual, info, self._noted[info.name].get("inputs", {}))
         if changed:
             return [*changed, *([problem] if wrong else [])]

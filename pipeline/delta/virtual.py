@@ -129,9 +129,12 @@ class Virtual:
             if is_subtracted(self.base.tensors[name]):
                 _require_finite(name, base, out)
             return None, {"base": base}
+        # Read before an arithmetic is taken: threads that wait for the disk must not keep others from
+        # computing.
         change = self.vector.slice(name, start, stop)
         with self._arithmetic() as arithmetic:
             survival = arithmetic.subtract(name, start, base, change, out, measured)
+        # Both lie in the thread's own memory, until it reads again.
         return survival, {"base": base, **change.read}
 
     @contextmanager

@@ -30,7 +30,8 @@ class Cast:
         }
         self.aliases = dict(source.aliases)
         self._source = source
-        # The elements of a chunk as they are read, which may be wider than the chunk, and one block's rounding.
+        # The elements of a chunk as they are read, which may be wider than the chunk, and one block's
+        # rounding.
         widest = max((DTYPE_BYTES[info.dtype] for info in source.tensors.values()), default=1)
         self.thread_bytes = stream.CHUNK_BYTES * widest // DTYPE_BYTES[dtype] + _BLOCK_BYTES * _BLOCK_ELEMENTS
 

@@ -44,6 +44,7 @@ def content_digest(path: Path) -> str:
         for name in files:
             with closing(PreadFile(name)) as file:
                 digest.update(f"{'' if name == path else name.relative_to(path)}\0{file.size}\0".encode())
+                # Adapters whole: they are small, and differ from each other in few of their bytes.
                 if file.size <= _SMALL_FILE_BYTES or name.name.startswith("adapter_model."):
                     for offset in range(0, file.size, _MIB):
                         digest.update(file.read_bytes(offset, min(_MIB, file.size - offset)))
@@ -71,7 +72,9 @@ def _sample(file: PreadFile, digest: Any, readers: Executor) -> None:
 def _ranges(file: PreadFile) -> Iterator[tuple[int, int]]:
     """Where to look, and at how many bytes."""
     tensors = _tensors(file)
+    # A safetensors header, however long it is, lies before the first tensor.
     yield 0, max(_MIB, min(tensors, default=0))
+    # torch's zip has its directory, with a checksum of every tensor, at the end.
     yield file.size - _MIB, _MIB
     stride = min(_MIB, file.size // _MIN_PAGES)
     for offset in [*tensors, *range(0, file.size, stride)]:

@@ -57,6 +57,7 @@ def find_extras(folder: Path) -> list[Path]:
     """
     candidates = [path for pattern in _EXTRAS for path in sorted(folder.glob(pattern))]
     names = dict.fromkeys(path for path in candidates if path.suffix not in _WEIGHTS)
+    # The config is last: whoever finds one may take the folder for a model.
     extras = [path for path in [*names, folder / CONFIG] if path.is_file()]
     _require_targets(folder)
     for path in extras:

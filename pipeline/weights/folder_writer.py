@@ -89,6 +89,7 @@ def write_folder(
     if manifest is not None:
         _require_whole(out, content, manifest)
         return Outcome("found", manifest, 0)
+    # Room was looked for before the claim, so that nothing is begun in vain; now what is left may need less.
     missing = [shard for shard in shards if journal.receipt(shard) is None]
     require_free(out, num_bytes_of(missing))
     if announce is not None and missing:

@@ -38,6 +38,7 @@ def align_names(source: Collection[str], base: Collection[str]) -> dict[str, str
     Names that both have are themselves. The others may differ by one module prefix, which is the one that
     most of them agree on. Raises InputError where that is not one to one.
     """
+    # Names that both have are taken first: a prefix must never carry one of them to another's place.
     own, others = set(source), set(base)
     aligned = {name: name for name in source if name in others}
     prefix = _common_prefix(own - others, others - own)
@@ -61,6 +62,7 @@ def _common_prefix(source: set[str], base: set[str]) -> _Prefix | None:
         votes.update(_Prefix(prefix, True) for prefix, rest in _splits(name) if rest in base)
     for name in base:
         votes.update(_Prefix(prefix, False) for prefix, rest in _splits(name) if rest in source)
+    # The most votes; among equals the same prefix in every process.
     return min(votes, key=lambda prefix: (-votes[prefix], prefix)) if votes else None
 
 

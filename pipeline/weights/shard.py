@@ -92,7 +92,7 @@ class Shard:
         parts = []
         for i in range(max(0, bisect_right(self._begins, first_byte) - 1), len(self.tensors)):
             tensor, begin = self.tensors[i], self._begins[i]
-            if begin >= last_byte:
+            if begin >= last_byte:  # tensors lie in order
                 break
             size = DTYPE_BYTES[tensor.dtype]
             start = max(0, first_byte - begin) // size
@@ -138,6 +138,7 @@ def plan_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int) -> list[Sha
 
 def aligned(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
     """The tensors with wider dtypes first: so each begins at a multiple of its element's size."""
+    # Python's sort is stable: among tensors of one width the given order stays.
     return tuple(sorted(tensors, key=lambda info: -DTYPE_BYTES[info.dtype]))
 
 
@@ -156,7 +157,9 @@ def header_bytes(tensors: Sequence[TensorInfo]) -> bytes:
         }
         begin = end
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (
+        -len(text) % 8
+    )  # the first tensor begins at a multiple of 8 bytes, as safetensors does it
     return len(text).to_bytes(8, "little") + text
 
 

@@ -147,6 +147,7 @@ class Stream:
         if self._num_threads == 0:
             needed = f"{(per_thread >> 20) + 1}MiB"
             raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {needed}")
+        # Guards the iterator of chunks, the turns, the count of bytes and the failure.
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)
         self._open: list[Making] = []
@@ -171,6 +172,7 @@ class Stream:
         """
         jobs = self._jobs(shards, open_output)
         threads = [
+            # Daemons: a second Ctrl-C must end the process though a thread waits for a slow disk.
             threading.Thread(target=self._work, args=(jobs, on_whole), daemon=True)
             for _ in range(self._num_threads)
         ]
@@ -211,9 +213,10 @@ class Stream:
             while (job := self._next(jobs)) is not None:
                 making, chunk = job
                 observed = self._fill(chunk, memory)
+                # Written before it is hashed: the disk works while this thread waits for its turn.
                 making.output.write_pages(memory, chunk.num_bytes, chunk.offset)
                 self._note(making, chunk, memory, observed)
-                if chunk.is_last:
+                if chunk.is_last:  # noted last, so all others are written by now
                     receipt = making.finish()
                     self._open.remove(making)
                     on_whole(making.shard, receipt)
@@ -221,6 +224,7 @@ class Stream:
             self._fail(error)
 
     def _next(self, jobs: Iterator[tuple[Making, Chunk]]) -> tuple[Making, Chunk] | None:
+        # Under the lock, so that files are opened one after another, each at its full size.
         with self._lock:
             return next(jobs, None) if self._failure is None else None
 

@@ -48,6 +48,7 @@ def find_weight_files(path: Path, single: str, index: str, pattern: str) -> Weig
         weight_map = read_index(path / index)
         names = set(weight_map.values())
     else:
+        # Without an index a lost shard shows only in the names of its siblings.
         names = {shard for file in path.glob(pattern) for shard in _siblings(file.name)}
     if not names:
         raise InputError(f"{path}: no weights found; looked for {single}, {index} and {pattern}")

@@ -61,6 +61,7 @@ def _open_stored(path: Path) -> StoredSource:
 
     Transformers' Trainer writes 16-bit safetensors beside a ZeRO checkpoint.
     """
+    # ZeRO first: its masters are float32, what lies beside them is rounded.
     if is_zero_folder(path):
         return ZeroSource(path)
     if path.suffix == ".safetensors" or any(path.glob("*.safetensors*")):

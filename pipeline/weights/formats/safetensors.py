@@ -96,6 +96,7 @@ def read_header(file: PreadFile) -> Header:
     """
     if file.size < 8:
         raise InputError(f"{file.path}: {file.size} bytes are not a safetensors file; get it again")
+    # The length is looked at before that many bytes are read: a hostile file claims exabytes.
     length = int.from_bytes(file.read_bytes(0, 8), "little")
     if length > min(MAX_HEADER_BYTES, file.size - 8):
         raise InputError(
@@ -166,7 +167,7 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+    return type(value) is int and 0 <= value < 1 << 63  # True is an int, too
 
 
 def _require_contiguous(file: PreadFile, entries: list[Entry], num_bytes: int) -> None:

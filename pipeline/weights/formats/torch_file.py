@@ -160,6 +160,8 @@ class TorchFile:
             raise InputError(f"{self.file.path}: storage {key!r} is absent; the file is damaged")
         num_bytes = num_elements * DTYPE_BYTES[dtype]
         self._require_plain(entry)
+        # The local header's own name and extra field decide where the bytes begin: torch pads them to 64
+        # bytes, and the directory at the file's end does not know by how much.
         header = self.file.read_bytes(entry.header_offset, _LOCAL_HEADER_BYTES)
         names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         offset = entry.header_offset + _LOCAL_HEADER_BYTES + names
@@ -271,6 +273,7 @@ def _shaped(
         raise ValueError("a tensor reaches beyond its storage")
     expected = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        # Strides of dimensions of size 1 mean nothing: torch leaves any number there.
         if num_elements > 1 and size > 1 and step != expected:
             raise ValueError("a tensor is stored transposed; save it again after .contiguous()")
         expected *= size

@@ -60,6 +60,7 @@ class ZeroSource(StoredSource):
         for name, shape, stored in [*_buffers(files), *_frozen(files), *masters(files)]:
             self.add(name, shape, stored)
         shared = table(files.models[0].get("shared_params"))  # rank 0's file alone has them
+        # Named masters first: the 16-bit module has rounded copies of the same parameters.
         for name, tensor in _unnamed_frozen(files):
             if name not in self.tensors and name not in shared:
                 self.add(name, tensor.shape, tensor.stored)
@@ -147,6 +148,7 @@ def _stage_3(files: ZeroFiles) -> Iterator[tuple[str, Shape, StoredTensor]]:
     offset = 0
     for name, shape in shapes.items():
         part = _part(shape, files.world_size)
+        # Each rank holds as much, and only the last one's end is padding: joined, it lies behind the values.
         padded = join(flat.slice(offset, offset + part) for flat in ranks)
         yield name, shape, padded.slice(0, prod(shape))
         offset += part

@@ -77,6 +77,7 @@ def open_zero_files(path: Path) -> ZeroFiles:
     stage = _stage(optim_files[0], optims[0])
     model_files = [TorchFile(file) for file in _model_paths(folder, stage, len(optims))]
     models = [_mapping(file) for file in model_files]
+    # A killed save leaves files of two steps side by side, each of them whole.
     _require_all_ranks(folder, optims[0], len(optims))
     _require_one_save(optim_files, optims, model_files)
     for file in [*optim_files, *model_files]:

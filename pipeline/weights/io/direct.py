@@ -48,6 +48,7 @@ class InputFile:
             io: `direct` and `buffered` always read so; `auto` reads large files directly.
             may_use_cache: With `auto`, take from the page cache what lies there.
         """
+        # Both are needed: what is not whole pages, and what O_DIRECT refuses, is read through the page cache.
         self._buffered = file
         self._direct = open_direct(file.path, file.reopen, os.O_RDONLY, io, file.size)
         self._asks_cache = (

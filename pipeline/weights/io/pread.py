@@ -28,6 +28,8 @@ class PreadFile:
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on. Raises InputError where the file is shorter."""
+        # Positions, not seeks: threads share the descriptor. No mapping: a truncated file would kill us by
+        # SIGBUS.
         while view:  # network file systems may return less than was asked for
             try:
                 num_read = os.preadv(self._descriptor, [view], offset)

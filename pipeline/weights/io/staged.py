@@ -34,6 +34,7 @@ class StagedFile:
         self._descriptor, self.temporary = _create(path)
         try:
             with _named(path):
+                # ftruncate would make a file with holes, which a full disk refuses only when they are filled.
                 os.posix_fallocate(self._descriptor, 0, num_bytes)
             self._direct = open_direct(
                 self.temporary, lambda flags: os.open(self.temporary, flags), os.O_WRONLY, io, num_bytes
@@ -61,10 +62,10 @@ class StagedFile:
         with _named(self.path):
             os.ftruncate(self._descriptor, self.num_bytes)  # direct I/O wrote the last page whole
             os.fsync(self._descriptor)
-            os.fchmod(self._descriptor, 0o644)
+            os.fchmod(self._descriptor, 0o644)  # mkstemp made it for its owner alone
             os.replace(self.temporary, self.path)
         self._close()
-        sync(self.path.parent)
+        sync(self.path.parent)  # the rename is on the disk, too: a receipt may follow
 
     def abandon(self) -> None:
         """Remove what was written."""
@@ -135,6 +136,6 @@ def sweep(folder: Path) -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:  # renamed or swept meanwhile
             continue
-        if _lock(descriptor):
+        if _lock(descriptor):  # its writer has died: the lock went with it
             path.unlink(missing_ok=True)
         os.close(descriptor)
