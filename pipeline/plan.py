@@ -255,7 +255,7 @@ class _OneSeed:
         evaluations = {"original": reference}
         if method.subtract is not None:
             scale = experiment.scale_for(name)
-            tuned = self._tuning("tune_old", experiment.training_for(method.subtract), original, name)
+            tuned = self._tuning("tune_old", "old", experiment.training_for(method.subtract), original, name)
             settings = experiment.forget.model_copy(update={"scale": scale})
             forget = start = self._plan.add(
                 "forget",
@@ -267,7 +267,7 @@ class _OneSeed:
             evaluations["tuned"] = self._evaluation(tuned, reference, name)
             evaluations["forgotten"] = self._evaluation(forget, reference, name)
         learning = experiment.training_for(method.learn, method.settings)
-        updated = self._tuning("learn", learning, start, name)
+        updated = self._tuning("learn", "new", learning, start, name)
         evaluations["updated"] = self._evaluation(updated, reference, name)
         return {
             "method": name,
@@ -277,11 +277,10 @@ class _OneSeed:
             "subtraction": forget.id if forget is not None else None,
         }
 
-    def _tuning(self, stage: str, training: Training, model: Step, method: str) -> Step:
-        is_old = stage == "tune_old"
-        # A subtraction reads the ZeRO partitions in place, so no consolidated copy of them is made.
-        keeps_checkpoint = is_old and training.kind == "full"
-        sections = self._training_sections(training, "old" if is_old else "new", keeps_checkpoint)
+    def _tuning(self, stage: str, target: str, training: Training, model: Step, method: str) -> Step:
+        # What is subtracted is read from the ZeRO partitions in place: no consolidated copy is made.
+        keeps_checkpoint = target == "old" and training.kind == "full"
+        sections = self._training_sections(training, target, keeps_checkpoint)
         inputs = {"model": model, "facts": self._facts}
         return self._plan.add(stage, sections, inputs, method, self._named_seed)
 

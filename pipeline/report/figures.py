@@ -186,9 +186,9 @@ class Quantity(NamedTuple):
     least_top: float
 
 
-NORM = Quantity("delta_norm", "Norm of the forget vector of {}", 1, 0)
+NORM = Quantity("delta_norm", "Norm of the task vector of {}", 1, 0)
 RELATIVE_NORM = Quantity(
-    "relative_norm", "Norm of the forget vector of {}, in % of the original weights' norm", 100, 0
+    "relative_norm", "Norm of the task vector of {}, in % of the original weights' norm", 100, 0
 )
 SURVIVAL = Quantity(
     "projection", "Share of the intended change of {} that the stored weights keep, in %", 100, 100

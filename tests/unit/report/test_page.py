@@ -264,7 +264,7 @@ def test_figures_tell_those_who_cannot_see_them(results: Json, html: str) -> Non
     figures = [attrs for tag, attrs in Reader(html).tags if tag == "img"]
     assert (
         len(figures) == 3 + 2 * 3 + 2 * 2 + 2
-    )  # bars, curves, forget vectors (two methods share one; norm, relative norm), cost
+    )  # bars, curves, task vectors (two methods share one; norm, relative norm), cost
     row = next(
         row
         for row in results["curves"]
@@ -286,13 +286,13 @@ def layer_pictures(html: str) -> list[str]:
 def test_norm_and_relative_norm_by_layer(html: str) -> None:
     norm_ft, norm_lora, relative_ft, relative_lora = layer_pictures(html)
     assert norm_ft.startswith(
-        "Norm of the forget vector of F-Learning_FT. layer 0: MLP 1.9, attention 1.1; layer 1: MLP 2.1, "
+        "Norm of the task vector of F-Learning_FT. layer 0: MLP 1.9, attention 1.1; layer 1: MLP 2.1, "
     )
     assert norm_lora.startswith(
-        "Norm of the forget vector of F-Learning_LoRA, F-Learning_LoRA-FT. layer 0: MLP 0, attention 1.1; "
+        "Norm of the task vector of F-Learning_LoRA, F-Learning_LoRA-FT. layer 0: MLP 0, attention 1.1; "
     )
     start = (
-        "Norm of the forget vector of F-Learning_FT, in % of the original weights' norm."
+        "Norm of the task vector of F-Learning_FT, in % of the original weights' norm."
         " layer 0: MLP 3.8, attention 2.75; "
     )
     assert relative_ft.startswith(start)
