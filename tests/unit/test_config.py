@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pipeline import config
 from pipeline.config import Experiment, read_training
 from pipeline.errors import InputError
+from pipeline.methods import METHODS
 
 Load = Callable[..., Experiment]
 
@@ -131,7 +132,7 @@ def test_a_method_may_be_named_once(load: Load) -> None:
     ("given", "words"),
     [
         ("methods=[flearn_f]", "methods.0: no such method; did you mean flearn_ft?"),
-        ("methods=[memit]", "no such method; there are full_ft, lora, flearn_ft"),
+        ("methods=[memit]", f"no such method; there are {', '.join(METHODS)}"),
         ("forget.scale={flearn_f: 1}", "did you mean flearn_ft?"),
     ],
 )

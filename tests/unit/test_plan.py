@@ -20,6 +20,8 @@ from pipeline.stages import STAGES
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 
+QUICKSTART_METHODS = config.load(QUICKSTART).methods
+
 
 def planned(*overrides: str) -> Plan:
     return make_plan(config.load(QUICKSTART, list(overrides)))
@@ -50,7 +52,7 @@ def test_methods_share_what_they_can() -> None:
     assert count["teach"] == 1
     assert count["tune_old"] == 2  # one full, one LoRA, for three methods
     assert count["forget"] == 3
-    assert count["learn"] == len(METHODS)
+    assert count["learn"] == len(QUICKSTART_METHODS)
     assert [step.methods for step in steps if step.stage == "tune_old"] == [
         ["flearn_ft"],
         ["flearn_lora", "flearn_lora_ft"],
@@ -68,7 +70,12 @@ def test_inputs_come_first(overrides: list[str]) -> None:
 def test_seeds_share_what_leaves_nothing_to_chance(tiny_model: Any) -> None:
     steps = list(planned("seeds=[0, 1]").steps.values())
     count = {stage: sum(step.stage == stage for step in steps) for stage in STAGES}
-    assert (count["facts"], count["model"], count["teach"], count["learn"]) == (1, 2, 2, 2 * len(METHODS))
+    assert (count["facts"], count["model"], count["teach"], count["learn"]) == (
+        1,
+        2,
+        2,
+        2 * len(QUICKSTART_METHODS),
+    )
     assert (steps[0].seeds, steps[0].users) == ([], "all methods")
     learned = [step for step in steps if step.stage == "learn" and step.methods == ["flearn_ft"]]
     assert [step.users for step in learned] == ["flearn_ft; seed 0", "flearn_ft; seed 1"]
