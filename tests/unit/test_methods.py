@@ -21,7 +21,7 @@ def test_every_kind_has_a_training_section_of_its_own() -> None:
 
 
 def test_a_baseline_is_another_method() -> None:
-    papers = {"full_ft": None, "lora": None}
+    papers: dict[str, str | None] = {"full_ft": None, "lora": None}
     papers |= {"flearn_ft": "full_ft", "flearn_lora": "lora", "flearn_lora_ft": "full_ft"}
     assert {name: METHODS[name].baseline for name in papers} == papers
     for name, method in METHODS.items():
