@@ -7,7 +7,7 @@ fine-tuning. Planning reads no weights and imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,9 @@ class Existing:
 
     folder: Path
 
+    def __post_init__(self) -> None:
+        assert self.folder.is_absolute(), self.folder
+
     @property
     def id(self) -> str:
         return str(self.folder)
@@ -88,21 +91,21 @@ class Plan:
         inputs: Mapping[str, Step | Existing],
         method: str | None = None,
         seed: int | None = None,
-        **recipe: Any,
+        contents: Sequence[str] = (),
     ) -> Step:
         """Add a step for `method` and `seed` (None: for all), or find it if another asked for it before.
 
-        `sections` holds config sections and plain values, all handed to the stage; `recipe` holds further
-        values that enter the fingerprint only (the digest of a file that a section names by path).
+        `sections` holds config sections and plain values, all handed to the stage. `contents` are digests of
+        the files that they name by path: they enter the fingerprint in place of the paths.
         """
-        section = {}
-        identity = dict(recipe)
+        section: dict[str, Any] = {}
+        recipe: dict[str, Any] = {"contents": list(contents)}
         for name, value in sections.items():
             is_section = isinstance(value, Section)
             section[name] = value.model_dump(mode="json") if is_section else value
-            identity[name] = value.recipe() if is_section else value
+            recipe[name] = value.recipe() if is_section else value
         sources = {role: source.fingerprint for role, source in inputs.items()}
-        digest = artifact.fingerprint(stage, STAGES[stage].version, identity, sources)
+        digest = artifact.fingerprint(stage, STAGES[stage].version, recipe, sources)
         step = self.steps.setdefault(f"{stage}-{digest}", Step(stage, section, inputs, digest))
         if method is not None and method not in step.methods:
             step.methods.append(method)
@@ -139,16 +142,15 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
-        """The inverse of `to_json`. Raises InputError for a plan that another flearn wrote."""
+        """The inverse of `to_json`."""
         plan = cls(Path(value["run_dir"]))
         for row in value["steps"]:
-            if "seeds" not in row:
-                raise InputError(f"{plan.run_dir}: planned by another flearn; run the experiment again")
             inputs = {role: plan.steps.get(id) or Existing(Path(id)) for role, id in row["inputs"].items()}
             digest = row["id"].rpartition("-")[2]
-            plan.steps[row["id"]] = Step(
-                row["stage"], row["section"], inputs, digest, row["methods"], row["seeds"]
-            )
+            seeds = row.get(
+                "seeds", []
+            )  # an earlier flearn planned one seed; `flearn status` reads its plans
+            plan.steps[row["id"]] = Step(row["stage"], row["section"], inputs, digest, row["methods"], seeds)
         return plan
 
 
@@ -247,7 +249,7 @@ class _OneSeed:
         assert model.path is not None
         path = resolve(model.path)
         sections = {"model": model.model_copy(update={"path": path}), "seed": 0}
-        return self._plan.add("model", sections, {}, content=_digest(path, "model.path"))
+        return self._plan.add("model", sections, {}, contents=[_digest(path, "model.path")])
 
     def _method(self, name: str, original: Step, reference: Step) -> dict[str, Any]:
         method, experiment = METHODS[name], self._experiment

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.artifact import Artifact
 from pipeline.context import Context
+from pipeline.errors import InputError
 from pipeline.report import samples
 from pipeline.report.columns import Records
 from pipeline.report.paired import compare
@@ -237,6 +238,11 @@ def test_stage_writes_both_files_and_they_are_strict_json(write_run: WriteRun, t
     assert results["layers"]["flearn_ft"][0]["mlp"]["projection"] is None
     assert facts["warnings"] == results["warnings"]
     assert (tmp_path / facts["page"]).read_text().startswith("<!doctype html>")
+
+
+def test_a_run_that_an_earlier_flearn_planned_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run the experiment again"):
+        run({"name": "old", "seed": 0, "methods": []}, {}, tmp_path, Context())
 
 
 def test_same_run_gives_the_same_bytes(write_run: WriteRun, tmp_path: Path) -> None:
