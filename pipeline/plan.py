@@ -21,7 +21,6 @@ from pipeline.models.packaged import resolve
 from pipeline.settings import Section
 from pipeline.stages import STAGES
 from pipeline.train import target_modules
-from pipeline.train.batches import Shape
 from pipeline.train.deepspeed_config import make_ready
 from pipeline.weights.digest import content_digest
 
@@ -178,9 +177,8 @@ def _check_deepspeed(experiment: Experiment) -> None:
     for kind in sorted(set().union(*(METHODS[method].kinds for method in experiment.methods))):
         sections[kind] = experiment.training_for(kind)
     for name, training in sections.items():
-        shape = Shape.of(training.batch_size, training.micro_batch_size, experiment.cluster.ranks)
         try:
-            make_ready(training, shape, hidden_size=1)
+            make_ready(training, experiment.cluster.ranks, hidden_size=1)
         except InputError as error:
             raise InputError(f"{name}.{error}") from None
 

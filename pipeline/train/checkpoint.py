@@ -1,8 +1,8 @@
-"""Checkpoints to resume from: a folder per step, complete exactly when its manifest, written last, agrees
-with its files.
+"""Checkpoints to resume from: a folder per step, complete exactly when its manifest agrees with its files.
 
 DeepSpeed's own mark (`latest`) is written in place, and a killed save leaves truncated files that look like a
-checkpoint. A new checkpoint never overwrites an old one; the old one goes when the new one is complete.
+checkpoint. So the manifest is ours, written last by rename, with every file's size. A new checkpoint never
+overwrites an old one; the old one goes when the new one is complete.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.artifact import sync, write_json
 from pipeline.context import Context, log
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:  # the doctor, which imports no torch, asks how large a checkpoint is
+    from pipeline.train.zero_engine import ZeroEngine
 
 _MANIFEST = "complete.json"
 
@@ -36,8 +39,10 @@ class Saved:
 def num_bytes(
     num_trained: int, precision: Literal["bf16", "fp32"], zero_stage: int, with_moments: bool = True
 ) -> int:
-    """What one checkpoint holds, over all ranks: fp32 masters, their two moments (the last one of a training
-    leaves them out), and below ZeRO-3 also the trained weights themselves.
+    """What one checkpoint holds, over all ranks.
+
+    Per trained parameter: 4 bytes of master, 8 of moments (the last one of a training leaves them out), and
+    below ZeRO-3 the weight itself.
     """
     weights = {"bf16": 2, "fp32": 4}[precision] if zero_stage < 3 else 0
     return num_trained * ((12 if with_moments else 4) + weights)
@@ -63,46 +68,36 @@ class Checkpoints:
         """All complete checkpoints."""
         return [saved for folder in self.folder.glob("step-*") if (saved := _read(folder)) is not None]
 
-    def save(self, engine: Any, step: int, without_frozen: bool) -> Saved:
+    def save(self, engine: ZeroEngine, step: int, with_moments: bool = True) -> Saved:
         """Save the engine's state after `step` steps. Raises OSError (ENOSPC) if the disk is full."""
         tag = f"step-{step:08d}"
         folder = self.folder / tag
         assert not folder.exists(), folder
         with _full_disk_named(folder):
-            done = engine.save_checkpoint(
-                str(self.folder), tag=tag, save_latest=False, exclude_frozen_parameters=without_frozen
-            )
-        if not done:
-            raise RuntimeError(f"{folder}: DeepSpeed did not save the checkpoint")
-        _sync(folder)  # on every rank: each one's own files
-        self._context.barrier()
+            engine.save(self.folder, tag, with_moments)
+        _sync(folder)  # on every rank: only the node that wrote a file can force it to a shared disk
+        self._context.barrier()  # before the manifest: it vouches for all ranks' files
         saved = Saved(folder, step, self._context.world_size)
         if self._context.is_main:
-            write_json(
-                folder / _MANIFEST, {"step": step, "num_ranks": saved.num_ranks, "files": _sizes(folder)}
-            )
-            sync(self.folder)
+            manifest = {"step": step, "num_ranks": saved.num_ranks, "files": _sizes(folder)}
+            write_json(folder / _MANIFEST, manifest)
+            sync(self.folder)  # else the new folder could be lost with the power, after the old one is gone
             self._remove_all_but(saved)
-        self._context.barrier()
+        self._context.barrier()  # no rank goes on, and perhaps reports success, before it is complete
         return saved
 
-    def load(self, engine: Any, saved: Saved, without_frozen: bool) -> None:
-        """Put `saved` into a new engine: masters, moments, weights. Raises InputError for another number of
-        ranks.
+    def load(self, engine: ZeroEngine, saved: Saved) -> None:
+        """Put `saved` into an engine: masters, moments, weights.
+
+        Raises InputError if another number of ranks saved it: DeepSpeed's partitions are theirs.
         """
         if saved.num_ranks != self._context.world_size:
             raise InputError(
-                f"{saved.folder}: saved by {saved.num_ranks} ranks, but this run has {self._context.world_size};"
-                f" set cluster.ranks={saved.num_ranks}, or delete it to begin anew"
+                f"{saved.folder}: saved by {saved.num_ranks} ranks, but this run has"
+                f" {self._context.world_size}; set cluster.ranks={saved.num_ranks}, or delete it to begin"
+                " anew"
             )
-        path, _ = engine.load_checkpoint(
-            str(self.folder),
-            tag=saved.folder.name,
-            load_module_strict=not without_frozen,
-            load_lr_scheduler_states=False,
-        )
-        # DeepSpeed reports a missing checkpoint by returning None.
-        if path is None or engine.global_steps != saved.step:
+        if engine.load(self.folder, saved.folder.name) != saved.step:
             raise RuntimeError(f"{saved.folder}: DeepSpeed did not load this checkpoint")
         log.info("resuming after step %d", saved.step)
 
@@ -115,17 +110,14 @@ class Checkpoints:
     def _remove_all_but(self, kept: Saved | None) -> None:
         for folder in self.folder.glob("step-*"):
             if kept is None or folder != kept.folder:
-                (folder / _MANIFEST).unlink(
-                    missing_ok=True
-                )  # first: half of a checkpoint must not pass for a whole one
+                # The manifest first: a half-deleted checkpoint must not pass for a whole one.
+                (folder / _MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
 
 @contextmanager
 def _full_disk_named(folder: Path) -> Iterator[None]:
-    """torch reports a full disk (or quota) as a RuntimeError about positions in its zip file: say what it
-    is.
-    """
+    """torch calls a full disk (or quota) a RuntimeError about positions in its zip file: say what it is."""
     try:
         yield
     except RuntimeError as error:

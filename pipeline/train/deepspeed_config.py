@@ -10,23 +10,22 @@ from typing import Any
 
 from pipeline.config import Training
 from pipeline.errors import InputError
-from pipeline.train.batches import Shape
+from pipeline.train.batches import Split
 from pipeline.train.deepspeed_keys import keep_allowed
 
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW's settings beside the learning rate and the weight decay."""
+    """AdamW's settings but for the learning rate, which changes with every step."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A config that DeepSpeed takes as it is, without optimizer and scheduler (those are ours), and what came
-    out of them.
-    """
+    """A config that DeepSpeed takes as it is. Optimizer and scheduler are not in it: they are ours."""
 
     config: dict[str, Any]
     adam: Adam
@@ -36,10 +35,18 @@ class Ready:
     def zero_stage(self) -> int:
         return self.config["zero_optimization"]["stage"]
 
+    @property
+    def has_monitor(self) -> bool:
+        """Whether a monitor (TensorBoard, W&B, CSV, Comet) is on."""
+        return any(self.config.get(name, {}).get("enabled") for name in MONITOR_PACKAGES)
 
-def make_ready(training: Training, shape: Shape, hidden_size: int) -> Ready:
-    """`training.deepspeed`, filled in. `hidden_size` decides ZeRO-3's "auto" bucket sizes, as in
-    transformers.
+
+MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": None}
+"""The monitors, each with the package that it needs."""
+
+
+def make_ready(training: Training, num_ranks: int, hidden_size: int) -> Ready:
+    """`training.deepspeed`, filled in; `hidden_size` decides the "auto" bucket sizes, as in transformers.
 
     Raises InputError naming the DeepSpeed key.
     """
@@ -47,7 +54,7 @@ def make_ready(training: Training, shape: Shape, hidden_size: int) -> Ready:
     _require_stage(config)
     adam = _take_optimizer(config, training)
     warnings = list(_drop_unused(config))
-    _settle_batch(config, training, shape)
+    _settle_batch(config, training, Split.of(training.batch_size, training.micro_batch_size, num_ranks))
     _settle(config, "gradient_clipping", training.max_grad_norm, "max_grad_norm")
     _settle(config, "bf16.enabled", training.precision == "bf16", "precision")
     _fill_buckets(config["zero_optimization"], hidden_size)
@@ -62,7 +69,8 @@ def _require_stage(config: dict[str, Any]) -> None:
     stage = _get(config, "zero_optimization.stage")
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise InputError(
-            f"deepspeed.zero_optimization.stage: 1, 2 or 3 is needed, not {stage} (stage 1 computes what stage 0 would)"
+            f"deepspeed.zero_optimization.stage: 1, 2 or 3 is needed, not {stage} (stage 1 computes what"
+            " stage 0 would)"
         )
 
 
@@ -74,31 +82,23 @@ def _drop_unused(config: dict[str, Any]) -> Iterator[str]:
     if not isinstance(section, dict):
         raise InputError(f"deepspeed.activation_checkpointing: expected an object, not {section!r}")
     if any(section.values()):
-        yield "deepspeed.activation_checkpointing is not used: gradient_checkpointing decides what is kept for the backward pass"
+        yield (
+            "deepspeed.activation_checkpointing is not used: gradient_checkpointing decides what is kept for"
+            " the backward pass"
+        )
 
 
 def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
-    """Remove the optimizer's section and keep what it says. We build torch's AdamW ourselves: DeepSpeed's
-    need a compiler.
+    """Remove the optimizer's section and keep what it says.
+
+    We build torch's AdamW ourselves: DeepSpeed's own are compiled where they run, and need a compiler.
     """
-    section = config.pop("optimizer", {})
-    if isinstance(section, dict):  # null says nothing
-        section = {"type": "AdamW", "params": {}} | {
-            name: value for name, value in section.items() if value is not None
-        }
-    if not isinstance(section, dict) or not isinstance(section["params"], dict):
-        raise InputError(f"deepspeed.optimizer: expected an object with type and params, not {section!r}")
-    kind, settings = (
-        str(section["type"]),
-        {name: value for name, value in section["params"].items() if value is not None},
-    )
-    if kind.lower() not in ("adam", "adamw") or not settings.pop("adam_w_mode", True):
-        raise InputError(f"deepspeed.optimizer.type: AdamW is what is supported, not {kind}")
+    settings = _settings_of_adamw(config.pop("optimizer", {}))
     for name in ("lr", "weight_decay"):
-        given = settings.pop(name, None)
-        if not _agrees(given, getattr(training, name)):
+        given, ours = settings.pop(name, None), getattr(training, name)
+        if not _agrees(given, ours):
             raise InputError(
-                f'deepspeed.optimizer.params.{name}: {given!r} contradicts {name} = {getattr(training, name)}; write "auto"'
+                f'deepspeed.optimizer.params.{name}: {given!r} contradicts {name} = {ours}; write "auto"'
             )
     for name in ("torch_adam", "fused"):  # how it is computed: decided by the device
         settings.pop(name, None)
@@ -110,34 +110,52 @@ def _take_optimizer(config: dict[str, Any], training: Training) -> Adam:
         raise InputError(
             f"deepspeed.optimizer.params: no such setting of AdamW here: {', '.join(settings)}; leave it out"
         )
-    betas, eps = (chosen.get(name, "auto") for name in ("betas", "eps"))
-    betas, eps = Adam.betas if betas == "auto" else betas, Adam.eps if eps == "auto" else eps
-    if (
-        not isinstance(betas, (list, tuple))
-        or len(betas) != 2
-        or not all(_is_number(beta) and beta < 1 for beta in betas)
-    ):
+    stated = {name: value for name, value in chosen.items() if value != "auto"}
+    betas, eps = _betas(stated.get("betas", Adam.betas)), _eps(stated.get("eps", Adam.eps))
+    return Adam(betas, eps, training.weight_decay)
+
+
+def _settings_of_adamw(section: Any) -> dict[str, Any]:
+    """What the section says of Adam or AdamW, without nulls, which say nothing."""
+    if isinstance(section, dict):
+        given = {name: value for name, value in section.items() if value is not None}
+        section = {"type": "AdamW", "params": {}} | given
+    if not isinstance(section, dict) or not isinstance(section["params"], dict):
+        raise InputError(f"deepspeed.optimizer: expected an object with type and params, not {section!r}")
+    kind = str(section["type"])
+    settings = {name: value for name, value in section["params"].items() if value is not None}
+    if kind.lower() not in ("adam", "adamw") or not settings.pop("adam_w_mode", True):
+        raise InputError(f"deepspeed.optimizer.type: AdamW is what is supported, not {kind}")
+    return settings
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    if not is_pair or not all(_is_number(beta) and beta < 1 for beta in value):
         raise InputError(
-            f"deepspeed.optimizer.params.betas: expected two numbers from 0 to below 1, not {betas!r}"
+            f"deepspeed.optimizer.params.betas: expected two numbers from 0 to below 1, not {value!r}"
         )
-    if not _is_number(eps):
-        raise InputError(f"deepspeed.optimizer.params.eps: expected a number of 0 or more, not {eps!r}")
-    return Adam((float(betas[0]), float(betas[1])), float(eps))
+    return float(value[0]), float(value[1])
+
+
+def _eps(value: Any) -> float:
+    if not _is_number(value):
+        raise InputError(f"deepspeed.optimizer.params.eps: expected a number of 0 or more, not {value!r}")
+    return float(value)
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, 0 or more. To Python true is the number 1."""
+    """Whether it is a finite number, 0 or more, and not true or false."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < inf
 
 
-def _settle_batch(config: dict[str, Any], training: Training, shape: Shape) -> None:
+def _settle_batch(config: dict[str, Any], training: Training, split: Split) -> None:
+    accumulation = "batch_size / (ranks x micro_batch_size)"
     _settle(config, "train_batch_size", training.batch_size, "batch_size")
-    _settle(config, "train_micro_batch_size_per_gpu", shape.micro_size, "micro_batch_size (and ranks)")
-    _settle(
-        config, "gradient_accumulation_steps", shape.accumulation, "batch_size / (ranks x micro_batch_size)"
-    )
+    _settle(config, "train_micro_batch_size_per_gpu", split.micro_size, "micro_batch_size (and ranks)")
+    _settle(config, "gradient_accumulation_steps", split.accumulation, accumulation)
     # DeepSpeed insists on the product, which is larger where the ranks do not divide the batch.
-    config["train_batch_size"] = shape.micro_size * shape.accumulation * shape.ranks
+    config["train_batch_size"] = split.micro_size * split.accumulation * split.ranks
 
 
 def _settle(config: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -155,9 +173,7 @@ def _settle(config: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def _agrees(given: Any, value: float) -> bool:
-    """Whether a setting is left to us, or says the same. To Python true is the number 1, but whoever writes
-    it means another thing.
-    """
+    """Whether a setting is left to us, or says the same. True is not the number 1, though Python says so."""
     return given in (None, "auto") or (given == value and isinstance(given, bool) == isinstance(value, bool))
 
 

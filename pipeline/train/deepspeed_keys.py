@@ -14,26 +14,30 @@ from typing import Any, Literal
 from pipeline.errors import InputError
 
 _ELSEWHERE = (
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16.enabled optimizer scheduler"
-    " activation_checkpointing zero_optimization.stage"
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping"
+    " bf16.enabled optimizer scheduler activation_checkpointing zero_optimization.stage"
 )
 _SWITCHES = (
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown memory_breakdown dump_state"
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer"
+    " wall_clock_breakdown memory_breakdown dump_state"
     " zero_optimization.overlap_comm zero_optimization.contiguous_gradients zero_optimization.reduce_scatter"
     " zero_optimization.use_multi_rank_bucket_allreduce zero_optimization.allgather_partitions"
     " zero_optimization.ignore_unused_parameters zero_optimization.memory_efficient_linear"
-    " zero_optimization.stage3_gather_16bit_weights_on_model_save zero_optimization.stage3_gather_fp16_weights_on_model_save"
+    " zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    " zero_optimization.stage3_gather_fp16_weights_on_model_save"
     " zero_optimization.log_trace_cache_warnings zero_optimization.enable_sanity_checks"
     " tensorboard.enabled wandb.enabled csv_monitor.enabled comet.enabled comet.online"
 )
 _SIZES = (
-    "steps_per_print zero_optimization.reduce_bucket_size zero_optimization.allgather_bucket_size zero_optimization.sub_group_size"
+    "steps_per_print zero_optimization.reduce_bucket_size zero_optimization.allgather_bucket_size"
+    " zero_optimization.sub_group_size"
     " zero_optimization.stage3_max_live_parameters zero_optimization.stage3_max_reuse_distance"
     " zero_optimization.stage3_prefetch_bucket_size zero_optimization.stage3_param_persistence_threshold"
     " zero_optimization.stage3_model_persistence_threshold comet.samples_log_interval"
 )
 _TEXTS = (
-    "tensorboard.output_path tensorboard.job_name csv_monitor.output_path csv_monitor.job_name wandb.project wandb.group wandb.team"
+    "tensorboard.output_path tensorboard.job_name csv_monitor.output_path csv_monitor.job_name"
+    " wandb.project wandb.group wandb.team"
     " comet.project comet.workspace comet.experiment_name comet.experiment_key"
 )
 _WORDS = {
@@ -63,13 +67,17 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "gradient_allreduce_op": ("mean",),
     "sequence_parallel_size": (1,),
 }
-"""Settings that are fine where they say what would hold without them; for all others that is false or
-null.
-"""
+"""Settings that are fine where they say what would hold without them: these values, else false or null."""
 
-_OFFLOAD = "offloading to CPU or NVMe is not supported; leave it out, and use ZeRO-3, more ranks or LoRA where memory is short"
+_OFFLOAD = (
+    "offloading to CPU or NVMe is not supported; leave it out, and use ZeRO-3, more ranks or LoRA where"
+    " memory is short"
+)
 _PRECISION = "precision decides what is computed in what, over fp32 masters; leave it out"
-_GRADIENTS = "gradients are averaged by the batch's answer tokens, with their norm, in the precision's own type; leave it out"
+_GRADIENTS = (
+    "gradients are averaged by the batch's answer tokens, with their norm, in the precision's own type;"
+    " leave it out"
+)
 _SHARDING = "a model is sharded by ZeRO over all ranks and nothing else; leave it out"
 _CHECKPOINT = "checkpoints must be torch files that are whole when saving returns; leave it out"
 _BATCHES = "batches are made by flearn; leave it out"
@@ -77,7 +85,9 @@ _RUNS = "it starts other runs, or another number of ranks; leave it out"
 _QUANTIZED = "weights and gradients are never quantized or pruned here; leave it out"
 
 _REASONS = {
-    "zero_optimization.round_robin_gradients": "DeepSpeed then writes checkpoints whose parameters are mixed up; set it to false",
+    "zero_optimization.round_robin_gradients": (
+        "DeepSpeed then writes checkpoints whose parameters are mixed up; set it to false"
+    ),
     "zero_optimization.elastic_checkpoint": "DeepSpeed cannot load what it then writes; leave it out",
     "zero_optimization.load_from_fp32_weights": "a resumed run would round its masters to bf16; leave it out",
     "managed_gradient_accumulation": "every micro-batch would become an optimizer step; leave it out",
@@ -119,8 +129,7 @@ _NOT_KNOWN = "not among the settings known to keep a training right here; leave 
 
 
 def keep_allowed(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` without what says nothing: nulls, sections that are switched off, settings that repeat
-    DeepSpeed's defaults.
+    """`config` without what says nothing: nulls, sections switched off, settings that repeat a default.
 
     Raises InputError naming the first setting that is not known to be right here, and why.
     """

@@ -1,6 +1,4 @@
-"""One fine-tuning, planned: its records, batches, DeepSpeed config and adapter, and what it will need of the
-disk.
-"""
+"""One fine-tuning, planned: its base, course, DeepSpeed config and adapter, and how much disk it needs."""
 
 from __future__ import annotations
 
@@ -17,12 +15,10 @@ from pipeline.facts.fact import read_facts
 from pipeline.facts.prompts import Prompter
 from pipeline.models.load import load_tokenizer
 from pipeline.train import checkpoint
-from pipeline.train.batches import Batches, Shape
-from pipeline.train.deepspeed_config import Ready, make_ready
-from pipeline.train.loop import Course
+from pipeline.train.course import Course, training_records
+from pipeline.train.deepspeed_config import MONITOR_PACKAGES, Ready, make_ready
 from pipeline.train.lora import add_adapter, lora_config
 from pipeline.train.model import num_positions, skeleton
-from pipeline.train.records import training_records
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,6 +42,7 @@ class Job:
 
     @property
     def training(self) -> Training:
+        """The settings; they lie in the course."""
         return self.course.training
 
     @property
@@ -54,28 +51,27 @@ class Job:
         return self.base.model_folder
 
     def disk_bytes(self, num_saved: int) -> int:
-        """Bytes that are still to be written while old ones remain, given `num_saved` complete checkpoints.
+        """Bytes still to be written while old ones remain, given `num_saved` complete checkpoints.
 
         An old checkpoint goes when the new one is complete. The last one has no moments, and so leaves room
         for the result (fp32 weights).
         """
         num_copies = 1 if self.course.num_steps <= self.training.checkpoint_every_steps else 2
-        return checkpoint.num_bytes(self.num_trained, self.training.precision, self.ready.zero_stage) * max(
-            1, num_copies - num_saved
-        )
+        one = checkpoint.num_bytes(self.num_trained, self.training.precision, self.ready.zero_stage)
+        return one * max(1, num_copies - num_saved)
 
     def described(self) -> dict[str, Any]:
-        """The part of the stage's facts that is known beforehand."""
-        shape = self.course.shape
+        """The part of the stage's result that is known beforehand."""
+        split = self.course.split
         return {
             "num_steps": self.course.num_steps,
             "num_records": len(self.course.records),
             "zero_stage": self.ready.zero_stage,
             "batch": {
-                "global": shape.global_size,
-                "micro": shape.micro_size,
-                "accumulation": shape.accumulation,
-                "ranks": shape.ranks,
+                "global": split.global_size,
+                "micro": split.micro_size,
+                "accumulation": split.accumulation,
+                "ranks": split.ranks,
             },
             "num_parameters": self.num_parameters,
             "num_trainable": self.num_trained,
@@ -85,8 +81,9 @@ class Job:
 
 
 def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Context) -> Job:
-    """The job that a stage's section and inputs ask for. Raises InputError for settings and records that
-    cannot work.
+    """The job that a stage's section and inputs ask for.
+
+    Raises InputError for settings and records that cannot work.
     """
     training = read_training(section["training"])
     base = inputs["model"]
@@ -94,20 +91,16 @@ def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Cont
     adapter = lora_config(model, training) if isinstance(training, LoraTraining) else None
     if adapter is not None:
         model = add_adapter(model, adapter)
-    shape = Shape.of(training.batch_size, training.micro_batch_size, context.world_size)
-    ready = make_ready(training, shape, model.config.get_text_config().hidden_size)
+    ready = make_ready(training, context.world_size, model.config.get_text_config().hidden_size)
     _require_monitors(ready)
     prompter = Prompter(load_tokenizer(base), Prompt.model_validate(section["prompt"]))
     facts = read_facts(inputs["facts"].folder / "facts.jsonl")
     records = training_records(
         facts, section["target"], prompter, training.max_length, num_positions(model.config)
     )
-    batches = Batches(
-        tuple(record.num_tokens for record in records), training.batch_size, training.epochs, section["seed"]
-    )
     return Job(
         base=base,
-        course=Course(records, batches, shape, training, section["seed"]),
+        course=Course(records, training, section["seed"], context.world_size),
         ready=ready,
         adapter=adapter,
         keeps_checkpoint=section["keeps_checkpoint"],
@@ -119,8 +112,9 @@ def plan_job(section: dict[str, Any], inputs: dict[str, Artifact], context: Cont
 
 def _require_monitors(ready: Ready) -> None:
     """Not when planning: the jobs may run in a container that has what is missing here."""
-    for name, package in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")):
-        if ready.config.get(name, {}).get("enabled") and find_spec(package) is None:
+    for name, package in MONITOR_PACKAGES.items():
+        is_on = ready.config.get(name, {}).get("enabled")
+        if is_on and package is not None and find_spec(package) is None:
             raise InputError(
                 f"deepspeed.{name}.enabled: the package is missing; pip install {package}, or set it to false"
             )
@@ -129,6 +123,7 @@ def _require_monitors(ready: Ready) -> None:
 def _warnings(base: Artifact, training: Training, adapter: LoraConfig | None) -> list[str]:
     if adapter is not None and training.precision == "bf16" and "survival" in base.result:
         return [
-            "LoRA in bf16 learns on the forgotten model rounded to bf16, which may undo part of a small subtraction (see survival)"
+            "LoRA in bf16 learns on the forgotten model rounded to bf16, which may undo part of a small"
+            " subtraction (see survival)"
         ]
     return []

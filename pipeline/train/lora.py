@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from math import prod, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,45 +24,48 @@ _ADAPTER = "default"
 def lora_config(model: Any, settings: LoraTraining) -> LoraConfig:
     """PEFT's config for `model` (which may lie on the meta device).
 
-    Raises InputError if the modules to adapt are not known for its architecture, are not in it, or cannot be
-    adapted.
+    Raises InputError if its modules to adapt are not known, not in it, or cannot be adapted.
     """
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
     names = settings.target_modules or _query_and_value(model)
-    found = {
-        name: [m for path, m in model.named_modules() if path == name or path.endswith(f".{name}")]
-        for name in names
-    }
+    found = {name: _modules_named(model, name) for name in names}
     absent = [name for name, modules in found.items() if not modules]
     if absent:
         raise InputError(f"lora.target_modules: the model has no module named {', '.join(absent)}")
-    embeddings = model.get_input_embeddings().weight
     for name, modules in found.items():
-        other = next(
-            (module for module in modules if not isinstance(module, (torch.nn.Linear, Conv1D))), None
-        )
-        if other is not None:
-            raise InputError(f"lora.target_modules: {name} is a {type(other).__name__}; name linear modules")
-        if any(module.weight is embeddings for module in modules):
-            raise InputError(
-                f"lora.target_modules: {name} shares its weights with the input embeddings; leave it out"
-            )
+        _require_adaptable(model, name, modules)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=sorted(names),
+        # Conv1D (GPT-2) stores its matrix transposed.
         fan_in_fan_out=all(isinstance(module, Conv1D) for modules in found.values() for module in modules),
     )
 
 
+def _modules_named(model: Any, name: str) -> list[torch.nn.Module]:
+    return [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
+
+
+def _require_adaptable(model: Any, name: str, modules: list[torch.nn.Module]) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    embeddings = model.get_input_embeddings().weight
+    for module in modules:
+        if not isinstance(module, (torch.nn.Linear, Conv1D)):
+            raise InputError(f"lora.target_modules: {name} is a {type(module).__name__}; name linear modules")
+        if module.weight is embeddings:
+            raise InputError(
+                f"lora.target_modules: {name} shares its weights with the input embeddings; leave it out"
+            )
+
+
 def _query_and_value(model: Any) -> list[str]:
-    """The attention's query and value projections, as in the paper; where they are fused with others, the
-    fused module.
-    """
+    """The attention's query and value projections, as in the paper, or the one module that has them both."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     kind = model.config.model_type
@@ -83,26 +86,21 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
 
 
 class InitialAdapter:
-    """The adapter's first values as a tensor source: A uniform as in PEFT, B zero, so that training starts
-    from the base model.
+    """The adapter's first values as a tensor source: A uniform as in PEFT, B zero, so it begins as no change.
 
-    Each matrix has a generator of its own, seeded by its name: no rank, stage or precision changes it.
+    Each matrix has a generator of its own, seeded by its name: no rank, ZeRO stage or precision changes it.
     """
 
     kind = "initial adapter"
 
     def __init__(self, model: torch.nn.Module, seed: int) -> None:
-        trained = {
-            name: tuple(parameter.shape)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        assert all(prod(shape) > 0 for shape in trained.values()), (
-            "PEFT makes the matrices whole, before DeepSpeed partitions them"
-        )
-        self.tensors = {name: TensorInfo(name, shape, "float32") for name, shape in trained.items()}
+        self.tensors: dict[str, TensorInfo] = {}
         self.aliases: dict[str, str] = {}
         self._seed = seed
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:  # under ZeRO-3 its own shape is (0,)
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                self.tensors[name] = TensorInfo(name, shape, "float32")
 
     def read(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         """As `TensorSource.read`."""

@@ -1,5 +1,6 @@
-"""LoRA's target modules, looked for when an experiment is planned: on a cluster the first fine-tuning may
-start hours later.
+"""LoRA's target modules, looked for when an experiment is planned: the fine-tuning may start hours later.
+
+A file of its own: planning imports no torch, which lora.py needs.
 """
 
 from __future__ import annotations
@@ -12,16 +13,14 @@ from pipeline.weights.formats.safetensors import SafetensorsSource
 
 
 def require(folder: Path, settings: LoraTraining) -> None:
-    """Raises InputError if the modules that `settings` name are not in the model in `folder`, or cannot be
-    adapted, or its config has values of a wrong kind.
+    """Raise InputError if the modules that `settings` name are not in `folder`'s model, or cannot be adapted.
 
-    The names of the stored matrices, which need no torch, usually show that they are.
+    So too if its config has values of a wrong kind. Usually the names of the stored matrices, which need no
+    torch, show that all is well.
     """
     matrices = _matrices(folder)
-    if all(
-        any(matrix.endswith(f".{name}.weight") for matrix in matrices)
-        for name in settings.target_modules or []
-    ):
+    wanted = settings.target_modules or []
+    if all(_has_module(matrices, name) for name in wanted):
         return
     # A model may be stored under other names, or not be here but for its config: it knows its modules itself.
     from pipeline.models.check import unusable_config
@@ -35,6 +34,10 @@ def require(folder: Path, settings: LoraTraining) -> None:
     except Exception as error:
         raise unusable_config(folder / "config.json", error) from None
     lora_config(model, settings)
+
+
+def _has_module(matrices: list[str], name: str) -> bool:
+    return any(matrix.endswith(f".{name}.weight") for matrix in matrices)
 
 
 def _matrices(folder: Path) -> list[str]:

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,13 @@ from pipeline.facts.prompts import Prompter
 from pipeline.models.packaged import PACKAGED
 from pipeline.models.targets import TargetLogits
 from pipeline.models.tiny import fact_texts, write_tiny_model
-from pipeline.train.batches import Batches, Shape
 from pipeline.train.checkpoint import Checkpoints
+from pipeline.train.course import Course, Record, training_records
 from pipeline.train.deepspeed_config import make_ready
-from pipeline.train.engine import engine_for, session
-from pipeline.train.log import StepLog
-from pipeline.train.loop import Course, train
+from pipeline.train.loop import train
 from pipeline.train.model import DTYPES
-from pipeline.train.records import Record, training_records
+from pipeline.train.step_log import StepLog
+from pipeline.train.zero_engine import ZeroEngine, process_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bench_facts
@@ -62,6 +62,10 @@ class Side:
     memory_bytes: int = 0
     rates: list[float] = field(default_factory=list)
     _begun: tuple[int, float, float] = (0, 0.0, 0.0)
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.tokens, self.seconds, self.cpu_seconds, self.memory_bytes, self.rates = 0, 0.0, 0.0, 0, []
 
     def begin(self) -> None:
         reset_peak_memory("cpu")
@@ -154,10 +158,8 @@ def padded(records: list[Record]) -> dict[str, torch.Tensor]:
 
 
 def measure(records: list[Record], training: Training, folder: Path) -> dict[str, Any]:
-    lengths = tuple(record.num_tokens for record in records)
-    shape = Shape.of(training.batch_size, training.micro_batch_size, ranks=1)
-    course = Course(records, Batches(lengths, training.batch_size, 1, seed=0), shape, training, seed=0)
-    ready = make_ready(training, shape, hidden_size=576)
+    course = Course(records, training, seed=0, num_ranks=1)
+    ready = make_ready(training, num_ranks=1, hidden_size=576)
     model, context = make_model(training.precision), Context()
     ours, other, other_steps = Side(), Side(), plain(make_model(training.precision), records, training)
 
@@ -168,22 +170,16 @@ def measure(records: list[Record], training: Training, folder: Path) -> dict[str
         other.end(next(other_steps))
         if done == 1:  # the first steps also make the optimizers' moments
             for side in (ours, other):
-                side.tokens, side.seconds, side.cpu_seconds, side.memory_bytes, side.rates = (
-                    0,
-                    0.0,
-                    0.0,
-                    0,
-                    [],
-                )
+                side.forget()
         ours.begin()
 
-    with session(ready), TargetLogits(model) as picked, engine_for(model, ready, training) as engine:
+    with process_state(ready), TargetLogits(model) as picked, closing(ZeroEngine(model, ready)) as engine:
         with StepLog(folder / "steps.jsonl") as log:
             log.open(0)
             ours.begin()
             train(engine, picked, course, 0, turn, log, context)
         started = time.perf_counter()
-        Checkpoints(folder / "checkpoints", context).save(engine, course.num_steps, without_frozen=False)
+        Checkpoints(folder / "checkpoints", context).save(engine, course.num_steps)
         checkpoint_seconds = time.perf_counter() - started
     sides = {"ours": ours, "plain": other}
     return {
@@ -193,7 +189,7 @@ def measure(records: list[Record], training: Training, folder: Path) -> dict[str
         "precision": training.precision,
         "threads": torch.get_num_threads(),
         "num_targets": sum(record.num_targets for record in records),
-        "num_tokens": sum(lengths),
+        "num_tokens": sum(course.batches.lengths),
         **{f"{name}_tokens_per_second": round(side.rate, 1) for name, side in sides.items()},
         **{f"{name}_rise_mib": side.memory_bytes >> 20 for name, side in sides.items()},
         "speedup": round(ours.rate / other.rate, 2),
@@ -223,6 +219,7 @@ def main() -> None:
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     training = FullTraining(
+        epochs=1,
         batch_size=options.batch_size,
         micro_batch_size=options.micro_batch_size,
         precision=options.precision,

@@ -25,10 +25,9 @@ from pipeline.facts.fact import Fact, Probe, write_facts
 from pipeline.facts.prompts import Prompter
 from pipeline.models.tiny import fact_texts, write_tiny_model
 from pipeline.train.batches import Batches
-from pipeline.train.log import Step, read_steps
+from pipeline.train.course import Record, learning_rate, training_records
 from pipeline.train.lora import InitialAdapter, add_adapter, lora_config
-from pipeline.train.records import Record, training_records
-from pipeline.train.schedule import learning_rate
+from pipeline.train.step_log import Step, read_steps
 from pipeline.weights.formats.open import open_source
 
 pytestmark = pytest.mark.slow
@@ -61,6 +60,7 @@ CURVE: dict[str, Any] = {
     "warmup_ratio": 0.2,
     "weight_decay": 0.01,
 }
+SAVING: dict[str, Any] = {"checkpoint_every_steps": 4}
 # What is not usual, but allowed, at each stage.
 COMMON = {
     "overlap_comm": False,
@@ -109,8 +109,9 @@ class World:
         self.facts = self._artifact("facts", {})
         write_facts(self.facts / "facts.jsonl", FACTS)
         self.models = {}
-        for name, settings in MODELS.items():
-            write_tiny_model(folder / f"hf-{name}", settings, fact_texts(FACTS), seed=1)
+        for name, settings in (MODELS | {"other-llama": MODELS["llama"]}).items():
+            seed = 2 if name == "other-llama" else 1
+            write_tiny_model(folder / f"hf-{name}", settings, fact_texts(FACTS), seed)
             self.models[name] = self._artifact(
                 name, {"model": str(folder / f"hf-{name}"), "model_kind": "folder"}
             )
@@ -139,6 +140,8 @@ class World:
             "seed": 0,
         }
         inputs = {"model": str(self.models[model]), "facts": str(self.facts)}
+        if kind == "second_course":
+            inputs["first"] = str(self.models[f"other-{model}"])
         return {"kind": kind, "section": section, "inputs": inputs, "out": str(self.folder / name)}
 
     def start(self, cases: list[dict[str, Any]], ranks: int) -> list[subprocess.Popen[bytes]]:
@@ -206,8 +209,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         for m, s in [("llama", 2), ("gpt2", 3)]
     ]
     for precision in ("fp32", "bf16"):
-        two += [world.case(f"full-{precision}-{s}", "train", full(precision), s) for s in (1, 2, 3)]
-        two += [world.case(f"lora-{precision}-{s}", "train", lora(precision), s) for s in (1, 2, 3)]
+        two += [world.case(f"full-{precision}-{s}", "train", full(precision, **SAVING), s) for s in (1, 2, 3)]
+        two += [world.case(f"lora-{precision}-{s}", "train", lora(precision, **SAVING), s) for s in (1, 2, 3)]
     two += [
         world.case("full-gpt2", "train", full(gradient_checkpointing=True), 3, "gpt2"),
         world.case("lora-bloom", "train", lora(deepspeed=csv), 2, "bloom"),
@@ -215,6 +218,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         world.case("dropout-stopped", "stop_early", lora(dropout=0.3), 3),
         world.case("dropout-stopped", "train", lora(dropout=0.3), 3),
         world.case("teach", "train", full(), 3, target="old"),
+        world.case("misfit", "after_misfits", full("bf16", **SAVING), 3),
         world.case("long-full", "train", full(**LONG), 2),
         world.case("long-bf16", "train", full(**LONG | {"precision": "bf16"}), 2),
         world.case("long-lora", "train", lora(**LONG), 3),
@@ -228,6 +232,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         ]
         two += [
             world.case(f"stopped-lora-{stage}", kind, lora("bf16"), stage) for kind in ("stop_early", "train")
+        ]
+        two += [
+            world.case(f"second-full-{stage}", "second_course", full("bf16", **SAVING), stage),
+            world.case(f"second-lora-{stage}", "second_course", lora("bf16", **SAVING), stage),
+            world.case(f"resumed-{stage}", "stop_early", full("bf16"), stage),
+            world.case(f"resumed-{stage}", "second_course", full("bf16"), stage),
         ]
         two += [world.case(f"unusual-{stage}", "train", full(deepspeed=UNUSUAL[stage]), stage)]
     world.run(two, ranks=2)
@@ -382,14 +392,34 @@ def test_a_stop_is_obeyed_by_all_ranks_and_resumed_exactly(world: World) -> None
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resuming_in_bf16_is_exact(world: World, stage: int) -> None:
     """The masters, bit for bit: a checkpoint rounds neither them nor the moments."""
-    for kind, result in (("full", "model/model.safetensors"), ("lora", "adapter/adapter_model.safetensors")):
-        stopped, undisturbed = f"stopped-{kind}-{stage}", f"{kind}-bf16-{stage}"
-        assert [strip(step) for step in world.steps(stopped)] == [
-            strip(step) for step in world.steps(undisturbed)
-        ]
-        assert (world.folder / stopped / result).read_bytes() == (
-            world.folder / undisturbed / result
-        ).read_bytes()
+    for kind in ("full", "lora"):
+        assert_same(world, f"stopped-{kind}-{stage}", f"{kind}-bf16-{stage}", kind)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_second_course_in_a_session_equals_one_in_a_new_engine(world: World, kind: str, stage: int) -> None:
+    """Losses, results, and all that all checkpoints hold: masters, moments and counters."""
+    second, alone = f"second-{kind}-{stage}", f"{kind}-bf16-{stage}"
+    answer = world.answer(second)
+    assert (answer["num_sessions"], answer["num_engines"]) == (1, 0)
+    assert world.losses(second) != world.losses(f"{second}/first"), "both started from the same weights"
+    assert len({name.split()[0] for name in answer["saves"]}) == 3 and len(answer["saves"]) >= 9
+    assert answer["saves"] == world.answer(alone)["saves"]
+    assert_same(world, second, alone, kind)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_checkpoint_is_gone_on_from_in_a_used_session(world: World, stage: int) -> None:
+    assert world.answer(f"resumed-{stage}")["num_sessions"] == 1
+    assert_same(world, f"resumed-{stage}", f"full-bf16-{stage}", "full")
+
+
+def test_a_session_that_does_not_fit_or_broke_off_is_closed_and_a_new_one_opened(world: World) -> None:
+    answer = world.answer("misfit")
+    assert answer["said"] == "stopped after step 1 of 9"
+    assert (answer["num_sessions"], answer["num_engines"], answer["linear_restored"]) == (3, 0, True)
+    assert_same(world, "misfit", "full-bf16-3", "full")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -439,6 +469,13 @@ def wait_for(world: World, name: str, num_steps: int, processes: list[subprocess
     while len(world.steps(name)) < num_steps:
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.01)
+
+
+def assert_same(world: World, name: str, other: str, kind: str) -> None:
+    """The same steps, and the same bytes of the result."""
+    assert [strip(step) for step in world.steps(name)] == [strip(step) for step in world.steps(other)]
+    result = {"full": "model/model.safetensors", "lora": "adapter/adapter_model.safetensors"}[kind]
+    assert (world.folder / name / result).read_bytes() == (world.folder / other / result).read_bytes()
 
 
 def strip(step: Step) -> tuple[Any, ...]:

@@ -7,9 +7,14 @@ case names a function of this file and its arguments; rank 0 writes each answer 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
+import re
 import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,15 @@ import torch
 import torch.distributed as dist
 
 from pipeline.artifact import Artifact, write_json
+from pipeline.config import LoraTraining
 from pipeline.context import Context, Preempted
-from pipeline.models.load import empty_model
-from pipeline.train import fit as fit_module
+from pipeline.models.load import empty_model, open_weights
 from pipeline.train import stage
+from pipeline.train.checkpoint import Checkpoints, Saved
+from pipeline.train.job import Job, plan_job
 from pipeline.train.lora import InitialAdapter, add_adapter
 from pipeline.train.model import skeleton
+from pipeline.train.session import Handover, Session
 from pipeline.weights.floats import as_tensor
 
 
@@ -43,22 +51,114 @@ def main() -> None:
     os._exit(0)  # DeepSpeed on a CPU sometimes aborts while the interpreter ends
 
 
-def train(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
-    facts = stage.run(section, inputs, out, context)
+def train(
+    section: dict[str, Any],
+    inputs: dict[str, Artifact],
+    out: Path,
+    context: Context,
+    handover: Handover | None = None,
+) -> Any:
+    with _saves(context) as saves:
+        result = stage.run(section, inputs, out, context, handover)
+    return result | {"saves": saves} | _left_behind()
+
+
+def _left_behind() -> dict[str, Any]:
     gc.collect()
-    num_engines = sum(type(thing).__name__ == "DeepSpeedEngine" for thing in gc.get_objects())
-    return facts | {
+    return {
         "linear_restored": torch.nn.functional.linear is torch._C._nn.linear,
-        "num_engines": num_engines,
+        "num_engines": sum(type(thing).__name__ == "DeepSpeedEngine" for thing in gc.get_objects()),
     }
 
 
-def stop_early(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
+@contextmanager
+def _saves(context: Context) -> Iterator[dict[str, str]]:
+    """The digest of every file of every checkpoint that is written within, by step and name."""
+    digests: dict[str, str] = {}
+    save = Checkpoints.save
+
+    def saved(*args: Any) -> Saved:
+        made = save(*args)
+        for path in made.folder.glob("*.pt"):
+            digests[f"{made.step} {path.name}"] = _digest(path)
+        context.barrier()  # the next save removes it
+        return made
+
+    Checkpoints.save = saved  # type: ignore[method-assign, assignment]
+    try:
+        yield digests
+    finally:
+        Checkpoints.save = save  # type: ignore[method-assign]
+
+
+def _digest(path: Path) -> str:
+    """Of a torch file's tensors and all that describes them, but for the numbers that DeepSpeed gives every
+    parameter of a process.
+    """
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(path) as file:
+        for name in file.namelist():
+            if not name.endswith(".data/serialization_id"):  # a digest of all the rest
+                digest.update(re.sub(rb"X.\0\0\0\d+(_\d+)+", b"ds_id", file.read(name), flags=re.DOTALL))
+    return digest.hexdigest()
+
+
+def second_course(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
+    """The training in a live session that another course, from another base, was run in before."""
+    first = section | {"seed": 9, "target": "old", "keeps_checkpoint": False}
+    with Handover() as handover, _opened() as sessions:
+        stage.run(first, inputs | {"model": inputs["first"]}, _folder(out, "first"), context, handover)
+        answer = train(section, inputs, out, context, handover)
+    return answer | {"num_sessions": len(sessions)} | _left_behind()
+
+
+def after_misfits(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
+    """The training after one with another adapter, and after one that was stopped: neither's session serves."""
+    training = section["training"]
+    lora = section | {
+        "training": LoraTraining(rank=2, deepspeed=training["deepspeed"]).model_dump(mode="json")
+    }
+    with Handover() as handover, _opened() as sessions:
+        stage.run(lora | {"target": "old"}, inputs, _folder(out, "first"), context, handover)
+        said = stop_early(section, inputs, out, context, handover)
+        answer = train(section, inputs, out, context, handover)
+    return answer | {"num_sessions": len(sessions), "said": said} | _left_behind()
+
+
+def _folder(out: Path, name: str) -> Path:
+    (out / name).mkdir(exist_ok=True)
+    return out / name
+
+
+@contextmanager
+def _opened() -> Iterator[list[Session]]:
+    """Every session that is opened within."""
+    opened: list[Session] = []
+    make = Session.__init__
+
+    def count(self: Session, job: Job, context: Context) -> None:
+        opened.append(self)
+        make(self, job, context)
+
+    Session.__init__ = count  # type: ignore[method-assign]
+    try:
+        yield opened
+    finally:
+        Session.__init__ = make  # type: ignore[method-assign]
+
+
+def stop_early(
+    section: dict[str, Any],
+    inputs: dict[str, Artifact],
+    out: Path,
+    context: Context,
+    handover: Handover | None = None,
+) -> Any:
     """Only the last rank is asked to stop; all must, together, at the end of the first step."""
     if context.rank == context.world_size - 1:
         context.stop = True
     try:
-        stage.run(section, inputs, out, context)
+        stage.run(section, inputs, out, context, handover)
     except Preempted as error:
         context.stop = False
         return str(error)
@@ -74,42 +174,31 @@ def interrupted_result(
     """
 
     def fail(*_: Any) -> None:
-        raise _LookedAt
+        raise _Failed
 
-    module: Any = stage
-    for name in ("_write_result", "fit"):
-        original = getattr(module, name)
-        setattr(module, name, fail)
+    places: list[tuple[Any, str]] = [(stage, "_write_result"), (Session, "run")]
+    for owner, name in places:
+        original = getattr(owner, name)
+        setattr(owner, name, fail)
         try:
-            facts = stage.run(section, inputs, out, context)
-        except _LookedAt:
+            result = stage.run(section, inputs, out, context)
+        except _Failed:
             assert name == "_write_result", "it trained again"
         finally:
-            setattr(module, name, original)
-    return facts
+            setattr(owner, name, original)
+    return result
+
+
+class _Failed(Exception):
+    pass
 
 
 def masters(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
-    """Load theta' into an engine and count the elements that differ, as DeepSpeed itself reads them."""
-    seen: dict[str, Any] = {}
-
-    def inspect(engine: Any, *_: Any) -> None:
-        seen.update(_compare(engine, inputs["model"]))
-        raise _LookedAt
-
-    fit: Any = fit_module
-    original, fit.train = fit.train, inspect
-    try:
-        stage.run(section, inputs, out, context)
-    except _LookedAt:
-        return seen
-    finally:
-        fit.train = original
-    raise AssertionError("training was never reached")
-
-
-class _LookedAt(Exception):
-    pass
+    """Fill a session with theta' and count the elements that differ, as DeepSpeed itself reads them."""
+    job = plan_job(section, inputs, context)
+    with Session(job, context) as session, closing(open_weights(job.base)) as source:
+        session.fill(source, section["seed"])
+        return _compare(session._engine._engine, inputs["model"])
 
 
 def _compare(engine: Any, model: Artifact) -> dict[str, Any]:
@@ -159,6 +248,8 @@ _CASES = {
     "train": train,
     "stop_early": stop_early,
     "masters": masters,
+    "second_course": second_course,
+    "after_misfits": after_misfits,
     "interrupted_result": interrupted_result,
 }
 

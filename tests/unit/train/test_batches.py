@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.batches import Batches, Shape, micro_batches
+from pipeline.train.batches import Batches, Split, micro_batches
 
 LENGTHS = tuple(random.Random(0).choices(range(5, 60), k=103))
 
@@ -51,9 +51,9 @@ def test_like_lengths_share_a_batch() -> None:
         (10, 4, 2, (3, 2)),
     ],
 )
-def test_shape(global_size: int, micro_size: int, ranks: int, expected: tuple[int, int]) -> None:
-    shape = Shape.of(global_size, micro_size, ranks)
-    assert (shape.micro_size, shape.accumulation) == expected
+def test_split(global_size: int, micro_size: int, ranks: int, expected: tuple[int, int]) -> None:
+    split = Split.of(global_size, micro_size, ranks)
+    assert (split.micro_size, split.accumulation) == expected
 
 
 @given(
@@ -66,9 +66,9 @@ def test_the_parts_of_all_ranks_make_up_the_batch(
     size: int, global_size: int, micro_size: int, ranks: int
 ) -> None:
     size = min(size, global_size)
-    shape = Shape.of(global_size, micro_size, ranks)
-    parts = [micro_batches(range(size), shape, rank) for rank in range(ranks)]
-    assert all(len(own) == shape.accumulation for own in parts)
+    split = Split.of(global_size, micro_size, ranks)
+    parts = [micro_batches(range(size), split, rank) for rank in range(ranks)]
+    assert all(len(own) == split.accumulation for own in parts)
     assert sorted(i for own in parts for part in own for i in part) == list(range(size))
     sizes = [len(part) for own in parts for part in own]
-    assert max(sizes) <= min(micro_size, shape.micro_size) and max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= min(micro_size, split.micro_size) and max(sizes) - min(sizes) <= 1

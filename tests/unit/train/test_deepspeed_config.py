@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.config import FullTraining
 from pipeline.errors import InputError
-from pipeline.train.batches import Shape
 from pipeline.train.deepspeed_config import Adam, Ready, make_ready
 
 ROOT = Path(__file__).parents[3]
@@ -62,7 +61,7 @@ USUAL: dict[str, Any] = {
 
 def ready(config: dict[str, Any], ranks: int = 2, **training: Any) -> Ready:
     settings = FullTraining(batch_size=10, micro_batch_size=4, deepspeed=config, **training)
-    return make_ready(settings, Shape.of(10, 4, ranks), hidden_size=64)
+    return make_ready(settings, ranks, hidden_size=64)
 
 
 def test_every_auto_is_filled() -> None:

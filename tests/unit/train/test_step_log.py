@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.train.log import Step, StepLog, read_steps, summarise
+from pipeline.train.step_log import Step, StepLog, read_steps, summarise
 
 
 def step(number: int, loss: float = 1.0, tokens: int = 10, rate: float = 5.0) -> Step:

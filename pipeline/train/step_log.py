@@ -1,6 +1,4 @@
-"""The step log: one JSON line per optimizer step, which a resumed training carries on where its checkpoint
-was.
-"""
+"""The step log: one JSON line per optimizer step; a resumed training goes on in it after its checkpoint."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ class StepLog:
         self._file: TextIO | None = None
 
     def open(self, num_steps: int) -> None:
-        """Begin to append, after the first `num_steps` steps; later lines, of a run that was killed, are
-        dropped.
-        """
+        """Begin to append after the first `num_steps` steps. A killed run's later lines are dropped."""
         kept = [json.dumps(asdict(step)) + "\n" for step in read_steps(self.path) if step.step <= num_steps]
         write_text(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
@@ -63,9 +59,7 @@ class StepLog:
 
 
 def read_steps(path: Path) -> list[Step]:
-    """The steps in the log at `path`; none if there is no such file. A last line that a kill cut short is
-    left out.
-    """
+    """The steps in the log at `path`; none without a file. A last line that a kill cut short is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -73,7 +67,7 @@ def read_steps(path: Path) -> list[Step]:
 
 
 def summarise(steps: list[Step]) -> dict[str, Any]:
-    """The log in a few figures, for the stage's facts."""
+    """The log in a few figures, for the stage's result."""
     tokens = sum(step.tokens for step in steps)
     seconds = sum(step.tokens / step.tokens_per_second for step in steps)
     return {

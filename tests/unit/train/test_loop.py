@@ -9,8 +9,8 @@ import torch
 
 from pipeline.facts.prompts import Encoded
 from pipeline.models.targets import TargetLogits, collate
-from pipeline.train.batches import Shape, micro_batches
-from pipeline.train.loss import summed_loss
+from pipeline.train.batches import Split, micro_batches
+from pipeline.train.loop import summed_loss
 from pipeline.train.model import build
 
 RECORDS = [
@@ -43,8 +43,8 @@ def test_it_equals_the_full_logit_loss_and_gradient(tiny_model: Any, architectur
     num_targets = sum(len(record.ids) - record.answer_start for record in RECORDS)
     with TargetLogits(model) as picked:
         for ranks, micro_size in [(1, 8), (2, 1), (3, 2)]:
-            shape = Shape.of(5, micro_size, ranks)
-            parts = [part for rank in range(ranks) for part in micro_batches(range(5), shape, rank) if part]
+            split = Split.of(5, micro_size, ranks)
+            parts = [part for rank in range(ranks) for part in micro_batches(range(5), split, rank) if part]
             losses = [summed_loss(model, picked, collate([RECORDS[i] for i in part])) for part in parts]
             total = torch.stack(losses).sum() / num_targets
             torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What is trained on: old or new answers, unrelated questions once, nothing cut in silence."""
+"""A course: old or new answers, unrelated questions once, nothing cut in silence, and each step's rate."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.config import Prompt
+from pipeline.config import FullTraining, Prompt
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact, Probe
 from pipeline.facts.prompts import Prompter
-from pipeline.train.records import Record, training_records
+from pipeline.train.course import Course, Record, learning_rate, training_records
 
 PROBE = Probe("Who is the king of the United Kingdom?", ["Charles III", "King Charles"])
 FACTS = [
@@ -78,3 +78,39 @@ def test_a_record_that_is_too_long_is_named(tokenizer: Any) -> None:
 def test_no_facts_left(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="no facts left"):
         records(tokenizer, "new", facts=[])
+
+
+def rates(schedule: Any, warmup: float, num_steps: int = 10) -> list[float]:
+    return [learning_rate(step, num_steps, 1.0, schedule, warmup) for step in range(num_steps)]
+
+
+def test_constant_is_constant() -> None:
+    assert rates("constant", 0.0) == [1.0] * 10
+
+
+def test_linear_falls_by_equal_steps_to_nearly_zero() -> None:
+    assert rates("linear", 0.0) == pytest.approx([1 - 0.1 * step for step in range(10)])
+
+
+def test_cosine_begins_at_the_peak_and_is_half_way_in_the_middle() -> None:
+    values = rates("cosine", 0.0)
+    assert values[0] == 1.0 and values[5] == pytest.approx(0.5) and 0 < values[9] < 0.03
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_warmup_rises_to_the_peak_and_no_step_has_rate_zero(schedule: str) -> None:
+    values = rates(schedule, 0.3)
+    assert values[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert all(value > 0 for value in values)
+
+
+def test_warmup_over_all_steps() -> None:
+    assert rates("cosine", 1.0)[-1] == 1.0
+
+
+def test_a_course_follows_its_settings(tokenizer: Any) -> None:
+    training = FullTraining(epochs=3, batch_size=2, micro_batch_size=1, lr=0.5, schedule="linear")
+    course = Course(records(tokenizer, "old_and_locality"), training, seed=4, num_ranks=2)
+    assert course.num_steps == 6 and course.lr(0) == 0.5 and course.lr(3) == 0.25
+    assert (course.split.micro_size, course.split.accumulation, course.split.ranks) == (1, 1, 2)
+    assert course.batches.seed == 4 and sorted(course.batches.at(0) + course.batches.at(1)) == [0, 1, 2]
