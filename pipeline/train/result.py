@@ -1,4 +1,4 @@
-"""What a training leaves: a Hugging Face folder or a PEFT adapter, streamed from its last checkpoint's masters."""
+"""What a training leaves: a model folder or a PEFT adapter, streamed from its last checkpoint's masters."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def second_course(section: dict[str, Any], inputs: dict[str, Artifact], out: Pat
 
 
 def after_misfits(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
-    """The training after one with another adapter, and after one that was stopped: neither's session serves."""
+    """The training after one of another kind, and after one that was stopped: neither's session serves."""
     training = section["training"]
     lora = section | {
         "training": LoraTraining(rank=2, deepspeed=training["deepspeed"]).model_dump(mode="json")

@@ -252,7 +252,7 @@ def test_llama_factorys_zero2_says_what_to_change() -> None:
 def test_a_slip_of_the_pen_gets_the_right_name() -> None:
     with pytest.raises(
         InputError,
-        match=r"stage3_max_live_paramters: unknown; did you mean zero_optimization.stage3_max_live_parameters\?",
+        match=r"live_paramters: unknown; did you mean zero_optimization.stage3_max_live_parameters\?",
     ):
         ready({"zero_optimization": {"stage": 3, "stage3_max_live_paramters": 1e9}})
 
