@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Kind = Literal["full", "lora"]
-"""A kind of training. `pipeline/config.py` has a section of that name for each."""
+"""A kind of training: a class in `pipeline/training_config.py`, and a section of that name in a config."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Hue = Literal["blue", "orange", "green", "purple", "sky", "yellow", "grey"]

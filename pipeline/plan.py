@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import artifact
 from pipeline.artifact import Artifact
-from pipeline.config import Experiment, Training
+from pipeline.config import Experiment
 from pipeline.errors import InputError
 from pipeline.methods import METHODS
 from pipeline.models.packaged import resolve
@@ -22,6 +22,7 @@ from pipeline.settings import Section
 from pipeline.stages import STAGES
 from pipeline.train import target_modules
 from pipeline.train.deepspeed_config import make_ready
+from pipeline.training_config import Training
 from pipeline.weights.digest import content_digest
 
 

@@ -8,11 +8,11 @@ from functools import cached_property
 from math import ceil, cos, pi
 from typing import Literal
 
-from pipeline.config import Training
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact
 from pipeline.facts.prompts import Encoded, Prompter
 from pipeline.train.batches import Batches, Split
+from pipeline.training_config import Training
 
 Target = Literal["old", "new", "old_and_locality"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from pipeline.config import Training
 from pipeline.errors import InputError
 from pipeline.train.batches import Split
 from pipeline.train.deepspeed_keys import keep_allowed
+from pipeline.training_config import Training
 
 
 @dataclass(frozen=True)

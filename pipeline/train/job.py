@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
-from pipeline.config import LoraTraining, Prompt, Training, read_training
+from pipeline.config import Prompt
 from pipeline.context import Context
 from pipeline.errors import InputError
 from pipeline.facts.fact import read_facts
@@ -19,6 +19,7 @@ from pipeline.train.course import Course, training_records
 from pipeline.train.deepspeed_config import MONITOR_PACKAGES, Ready, make_ready
 from pipeline.train.lora import add_adapter, lora_config
 from pipeline.train.model import num_positions, skeleton
+from pipeline.training_config import LoraTraining, Training, read_training
 
 if TYPE_CHECKING:
     from peft import LoraConfig

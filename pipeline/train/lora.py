@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import LoraTraining
 from pipeline.errors import InputError
+from pipeline.training_config import LoraTraining
 from pipeline.weights.floats import Array
 from pipeline.weights.source import TensorInfo
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from pipeline.config import LoraTraining
+from pipeline.training_config import LoraTraining
 from pipeline.weights.formats.safetensors import SafetensorsSource
 
 

@@ -23,9 +23,9 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
-from pipeline.config import LoraTraining, Training, read_training
 from pipeline.needs import ANSWER_TOKENS, PROCESS_BYTES, DataSize, ModelSize, Needs
 from pipeline.train import checkpoint
+from pipeline.training_config import LoraTraining, Training, read_training
 
 _ACTIVATION_BYTES = 34
 _BUCKET = 5 * 10**8

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipeline.config import FullTraining, Prompt, TinyModel, Training
+from pipeline.config import Prompt, TinyModel
 from pipeline.context import Context, peak_memory_bytes, reset_peak_memory
 from pipeline.facts.fact import Fact
 from pipeline.facts.prompts import Prompter
@@ -47,6 +47,7 @@ from pipeline.train.loop import train
 from pipeline.train.model import DTYPES
 from pipeline.train.step_log import StepLog
 from pipeline.train.zero_engine import ZeroEngine, process_state
+from pipeline.training_config import FullTraining, Training
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bench_facts

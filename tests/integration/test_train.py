@@ -20,7 +20,7 @@ from delta_models import tensor
 from safetensors.torch import load_file
 
 from pipeline.artifact import write_json
-from pipeline.config import FullTraining, LoraTraining, Prompt, TinyModel, Training
+from pipeline.config import Prompt, TinyModel
 from pipeline.facts.fact import Fact, Probe, write_facts
 from pipeline.facts.prompts import Prompter
 from pipeline.models.tiny import fact_texts, write_tiny_model
@@ -28,6 +28,7 @@ from pipeline.train.batches import Batches
 from pipeline.train.course import Record, learning_rate, training_records
 from pipeline.train.lora import InitialAdapter, add_adapter, lora_config
 from pipeline.train.step_log import Step, read_steps
+from pipeline.training_config import FullTraining, LoraTraining, Training
 from pipeline.weights.formats.open import open_source
 
 pytestmark = pytest.mark.slow

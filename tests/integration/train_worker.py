@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from pipeline.artifact import Artifact, write_json
-from pipeline.config import LoraTraining
 from pipeline.context import Context, Preempted
 from pipeline.models.load import empty_model, open_weights
 from pipeline.train import stage
@@ -31,6 +30,7 @@ from pipeline.train.job import Job, plan_job
 from pipeline.train.lora import InitialAdapter, add_adapter
 from pipeline.train.model import skeleton
 from pipeline.train.session import Handover, Session
+from pipeline.training_config import LoraTraining
 from pipeline.weights.floats import as_tensor
 
 

@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline import config
-from pipeline.config import Experiment, read_training
+from pipeline.config import Experiment
 from pipeline.errors import InputError
 from pipeline.methods import METHODS
+from pipeline.training_config import read_training
 
 Load = Callable[..., Experiment]
 

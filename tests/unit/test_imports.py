@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = [
     ["pipeline.__init__", "pipeline.errors"],
     ["pipeline.settings", "pipeline.artifact", "pipeline.methods", "pipeline.stages", "pipeline.needs"],
+    ["pipeline.training_config"],
     ["pipeline.config"],
     ["pipeline.context"],
     ["pipeline.facts", "pipeline.weights"],

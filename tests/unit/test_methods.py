@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import read_training
 from pipeline.methods import KINDS, METHODS, Method
+from pipeline.training_config import read_training
 
 
 @pytest.mark.parametrize("kinds", [{"learn": "rome"}, {"learn": "full", "subtract": "adapter"}])

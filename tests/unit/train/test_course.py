@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.config import FullTraining, Prompt
+from pipeline.config import Prompt
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact, Probe
 from pipeline.facts.prompts import Prompter
 from pipeline.train.course import Course, Record, learning_rate, training_records
+from pipeline.training_config import FullTraining
 
 PROBE = Probe("Who is the king of the United Kingdom?", ["Charles III", "King Charles"])
 FACTS = [

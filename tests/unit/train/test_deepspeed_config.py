@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import FullTraining
 from pipeline.errors import InputError
 from pipeline.train.deepspeed_config import Adam, Ready, make_ready
+from pipeline.training_config import FullTraining
 
 ROOT = Path(__file__).parents[3]
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from pipeline.artifact import Artifact, write_json
-from pipeline.config import FullTraining, LoraTraining, Prompt, Training
+from pipeline.config import Prompt
 from pipeline.context import Context
 from pipeline.errors import InputError
 from pipeline.facts.fact import Fact, write_facts
 from pipeline.train import stage
 from pipeline.train.job import Job, plan_job
+from pipeline.training_config import FullTraining, LoraTraining, Training
 
 FACTS = [Fact(str(i), f"What is number {i}?", "x", [f"old {i}"], f"new {i}") for i in range(7)]
 

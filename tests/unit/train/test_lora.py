@@ -9,10 +9,10 @@ import pytest
 import torch
 from delta_models import tensor
 
-from pipeline.config import LoraTraining
 from pipeline.errors import InputError
 from pipeline.train.lora import InitialAdapter, add_adapter, lora_config
 from pipeline.train.model import skeleton
+from pipeline.training_config import LoraTraining
 
 
 @pytest.mark.parametrize(

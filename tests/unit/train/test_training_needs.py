@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import FullTraining, LoraTraining, Training
 from pipeline.needs import DataSize, ModelSize, Needs
 from pipeline.train.training_needs import memory, num_trained, training_needs
+from pipeline.training_config import FullTraining, LoraTraining, Training
 
 GB = 10**9
 SIZE_7B = ModelSize(6_738_415_616, 32, 4096, 32000)
