@@ -150,9 +150,8 @@ class World:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        path = os.pathsep.join(
-            filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])
-        )  # perhaps another DeepSpeed comes first
+        # What the caller has first stays first: perhaps it is another DeepSpeed.
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "tests")]))
         common = {
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
@@ -240,6 +239,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             world.case(f"resumed-{stage}", "stop_early", full("bf16"), stage),
             world.case(f"resumed-{stage}", "second_course", full("bf16"), stage),
         ]
+        virtual = world.case(f"virtual-{stage}", "virtual_masters", full("bf16"), stage)
+        virtual["section"]["tuned"] = f"tune-old-{stage}"
+        two += [virtual]
         two += [world.case(f"unusual-{stage}", "train", full(deepspeed=UNUSUAL[stage]), stage)]
     world.run(two, ranks=2)
     one = [
@@ -261,6 +263,19 @@ def test_masters_equal_theta_prime_bit_for_bit(world: World, model: str, stage: 
     assert counts["different_weights"] == 0, "the 16-bit weights are the masters, rounded"
     assert counts["different_buffers"] == 0, "rotary frequencies in bf16 are others"
     assert counts["changed_by_rounding"] > 0.9 * counts["masters"], "else the test would prove nothing"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_engine_is_filled_with_virtual_models(world: World, stage: int) -> None:
+    """For one scale after another, from the partitions that a fine-tuning left; nothing is written."""
+    answer = world.answer(f"virtual-{stage}")
+    assert answer.keys() == {"0.3", "0.7", "-1.0"}
+    for counts in answer.values():
+        assert counts["masters"] > 0 and counts["changed_by_rounding"] > 0.9 * counts["masters"]
+        assert counts["different_masters"] == 0
+        assert counts["different_weights"] == 0
+    written = [path.name for path in (world.folder / f"virtual-{stage}").iterdir()]
+    assert written == ["answer.json"]
 
 
 @pytest.mark.parametrize("name", ["masters-lora-llama-2", "masters-lora-gpt2-3"])

@@ -20,9 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from delta_models import formula
+from safetensors.torch import load_file
 
 from pipeline.artifact import Artifact, write_json
 from pipeline.context import Context, Preempted
+from pipeline.delta.virtual import open_virtual
 from pipeline.models.load import empty_model, open_weights
 from pipeline.train import stage
 from pipeline.train.checkpoint import Checkpoints, Saved
@@ -198,15 +202,35 @@ def masters(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, con
     job = plan_job(section, inputs, context)
     with Session(job, context) as session, closing(open_weights(job.base)) as source:
         session.fill(source, section["seed"])
-        return _compare(session._engine._engine, inputs["model"])
+        return _compare(session._engine._engine, inputs["model"], _stored(inputs["model"]))
 
 
-def _compare(engine: Any, model: Artifact) -> dict[str, Any]:
+def _stored(model: Artifact) -> dict[str, torch.Tensor]:
+    return load_file(Path(model.model_path) / "model.safetensors")
+
+
+def virtual_masters(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
+    """Fill one session with several virtual models, straight from a ZeRO checkpoint; the counts for each scale.
+
+    The checkpoint is that of an earlier case. What theta' has to be comes from DeepSpeed's own consolidation.
+    """
+    checkpoint = max((out.parent / section["tuned"] / "checkpoints").glob("step-*"))
+    tuned = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
+    base = _stored(inputs["model"])
+    counts = {}
+    with Session(plan_job(section, inputs, context), context) as session:
+        for scale in (0.3, 0.7, -1.0):
+            with closing(open_virtual(Path(inputs["model"].model_path), checkpoint, scale)) as virtual:
+                session.fill(virtual, section["seed"])
+            right = formula(base, {name: tuned[name] for name in base}, scale)
+            counts[str(scale)] = _compare(session._engine._engine, inputs["model"], right)
+    return counts
+
+
+def _compare(engine: Any, model: Artifact, stored: dict[str, torch.Tensor]) -> dict[str, Any]:
     from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param
-    from safetensors.torch import load_file
 
-    stored = load_file(Path(model.model_path) / "model.safetensors")
     counts = {
         "masters": 0,
         "different_masters": 0,
@@ -248,6 +272,7 @@ _CASES = {
     "train": train,
     "stop_early": stop_early,
     "masters": masters,
+    "virtual_masters": virtual_masters,
     "second_course": second_course,
     "after_misfits": after_misfits,
     "interrupted_result": interrupted_result,
