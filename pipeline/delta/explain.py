@@ -14,7 +14,8 @@ from blake3 import blake3
 from pipeline.delta.arithmetic import Arithmetic, Formula
 from pipeline.delta.virtual import Virtual
 from pipeline.weights.floats import NARROW, Array, array_dtype, widen
-from pipeline.weights.source import TensorInfo, TensorSource
+from pipeline.weights.slices import SliceReader
+from pipeline.weights.source import TensorInfo
 
 _SLICE_ELEMENTS = 1 << 18
 """Less than a chunk's worth, so that a slice of a virtual model is computed at once."""
@@ -23,7 +24,7 @@ _SAME_DIRECTION = 0.99
 
 
 @np.errstate(all="ignore")
-def explain(name: str, stored: TensorSource, virtual: Virtual) -> str:
+def explain(name: str, stored: SliceReader, virtual: Virtual) -> str:
     """In what way the tensor `name` of `stored` differs from that of `virtual`, which has its shape and
     dtype.
     """
@@ -85,7 +86,7 @@ def _named(start: int, places: Array, found: Array, right: Array) -> str:
 
 
 def _slices(
-    name: str, stored: TensorSource, virtual: Virtual
+    name: str, stored: SliceReader, virtual: Virtual
 ) -> Iterator[tuple[int, Array, Array, Array, Array]]:
     """(start, stored values, right values, the base's as they would be stored, the change in float64)."""
     nearest, info = Arithmetic(Formula(0.0)), virtual.tensors[name]

@@ -13,7 +13,7 @@ from pipeline.delta.manifest import read_manifest
 from pipeline.errors import printable
 from pipeline.weights.formats import adapter_config
 from pipeline.weights.formats.adapter import is_adapter, open_factors
-from pipeline.weights.formats.open import open_source
+from pipeline.weights.formats.open import open_source, require_whole
 from pipeline.weights.source import TensorSource
 
 _OF_ADAPTER = {
@@ -30,6 +30,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Raises InputError if `path` is no tensor source, or is damaged.
     """
+    require_whole(path)
     found = _inspect_adapter(path) if is_adapter(path) else _inspect(path)
     manifest = read_manifest(path) if path.is_dir() else None
     return found | ({"made_by": manifest["recipe"]} if manifest is not None else {})

@@ -79,6 +79,7 @@ def subtract(
     extras = extras_folder(base)  # what may not be copied is said before anything is written
     max_shard_bytes = parse_size(max_shard_size)
     require_outside(out, base, tuned)
+    require_part(part)
     with closing(open_virtual(base, tuned, scale, dtype, rounding, seed, io)) as virtual:
         recipe = make_recipe(base, tuned, virtual.formula, dtype, max_shard_bytes)
         return write_virtual(
@@ -100,6 +101,12 @@ def require_outside(out: Path, *sources: Path) -> None:
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise InputError(f"{out}: lies in {source}, which is read; give another --out")
+
+
+def require_part(part: Part) -> None:
+    """Raises InputError if there is no such part."""
+    if not 0 <= part[0] < part[1]:
+        raise InputError(f"part {part[0] + 1}/{part[1]}: must be I/N with I from 1 to N")
 
 
 def write_virtual(
@@ -126,8 +133,6 @@ def write_virtual(
 
     Others, and errors, as `subtract`.
     """
-    if not 0 <= part[0] < part[1]:
-        raise InputError(f"part {part[0] + 1}/{part[1]}: must be I/N with I from 1 to N")
     # A plan of names and sizes alone: workers on other machines make the same one.
     shards = plan_shards(virtual.tensors.values(), recipe["max_shard_bytes"])
     content = Content(shards, render_extras(extras, main_dtype(virtual.tensors.values())), recipe)

@@ -106,6 +106,7 @@ class LowRank:
         """Raises InputError for what is not plain LoRA (by name), and for modules that do not fit the
         base.
         """
+        require_whole(folder)
         require_usable(base)
         self.notes: list[str] = []
         self._adapter = Adapter(folder)
@@ -197,14 +198,9 @@ def _product(adapter: Adapter, module: str, factors: Factors, target: TensorInfo
 def open_vector(path: Path | str, base: TensorSource, io: Io = "buffered") -> TaskVector:
     """The task vector of what lies at `path`: an adapter on `base`, or a fine-tuned `base`.
 
-    `io` says how a model's files are read. Raises InputError if there is nothing of the kind, or it does not
-    fit.
-
-    `io` says how a model's files are read. Raises InputError if there is nothing of the kind, or it does not
-    fit.
+    `io` says how a model's files are read. Raises InputError for what is nothing of the kind, or does not fit.
     """
     path = Path(path)
-    require_whole(path)
     if is_adapter(path):
         return LowRank(base, path)
     tuned = open_source(path, base)

@@ -16,13 +16,14 @@ from typing import Any
 
 from pipeline.context import Progress
 from pipeline.delta.manifest import make_recipe, read_manifest
-from pipeline.delta.subtract import require_outside, write_virtual
+from pipeline.delta.subtract import require_outside, require_part, write_virtual
 from pipeline.delta.survival import Survival
 from pipeline.delta.task_vector import open_vector
-from pipeline.delta.virtual import Notes, Virtual
+from pipeline.delta.virtual import Notes, Observed, Virtual
 from pipeline.errors import InputError
 from pipeline.weights.digest import content_digest
 from pipeline.weights.extras import extras_folder
+from pipeline.weights.floats import Array
 from pipeline.weights.folder_writer import Outcome
 from pipeline.weights.formats.adapter import is_adapter
 from pipeline.weights.formats.open import open_source
@@ -76,6 +77,7 @@ def undo(
             " the base cannot be had back from it"
         )
     require_outside(out, forgotten, tuned)
+    require_part(part)
     dtypes = {name: tensor["base_dtype"] for name, tensor in manifest["tensors"].items()}
     scale = undoing_scale(recipe["scale"], is_adapter(tuned))
     with closing(_Undoing(forgotten, tuned, out, manifest, scale, dtypes, io)) as virtual:
@@ -101,8 +103,6 @@ class _Undoing(Virtual):
     Its shards are refused if they were made of other bytes.
     """
 
-    notes_inputs = True
-
     def __init__(
         self,
         forgotten: Path,
@@ -117,13 +117,27 @@ class _Undoing(Virtual):
         theta = open_source(forgotten)
         differing = sorted(theta.tensors.keys() ^ manifest["tensors"].keys())
         if differing:
+            theta.close()
             raise InputError(
                 f"{forgotten}: {differing[0]} is not in both its manifest.json and its weights:"
                 " the result is damaged"
             )
         super().__init__(theta, open_vector(tuned, theta, io), scale, dtypes, io=io)
+        self.notes_inputs = True
         self._paths = forgotten, tuned, out
         self._right = manifest["tensors"]
+
+    def read_noting(self, name: str, start: int, stop: int, out: Array) -> Observed:
+        """As `Virtual.read_noting`, but what is not finite there was so written by nobody: it has changed."""
+        try:
+            return super().read_noting(name, start, stop, out)
+        except InputError as error:
+            forgotten, tuned, place = self._paths
+            raise InputError(
+                f"{error}: {forgotten} or {tuned} has changed, so the base cannot be had back;"
+                f" `flearn delta verify {forgotten}` says what differs;"
+                f" delete {place} before trying with other inputs"
+            ) from error
 
     def warnings(self, survivals: Mapping[str, Survival], dtype: str) -> list[str]:
         """None: what survives of taking back does not matter."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from pipeline.delta.virtual import Virtual, open_virtual
 from pipeline.errors import InputError
 from pipeline.weights import stream
 from pipeline.weights.digest import content_digest
-from pipeline.weights.floats import count_not_finite
+from pipeline.weights.floats import Array, count_not_finite
 from pipeline.weights.formats.layout import read_index
 from pipeline.weights.formats.safetensors import INDEX, SafetensorsSource
 from pipeline.weights.io.direct import Io
@@ -61,8 +62,7 @@ class Verdict(NamedTuple):
 def verify(
     out: Path, *, memory: str | int = "256MiB", io: Io = "auto", progress: Progress | None = None
 ) -> Verdict:
-    """Check the result in `out`: every file, every tensor's bytes, and that they are base - scale * (tuned -
-    base).
+    """Check the result in `out`: every file, every tensor's bytes, and that they are what they should be.
 
     Of an unfinished result, the finished shards are checked. Of one that another version of flearn made, only
     the bytes are, for its arithmetic or its digests may be others. Raises InputError if `out` is no result of
@@ -97,6 +97,11 @@ def _verify_unfinished(journal: Journal, memory_bytes: int, io: Io, progress: Pr
         raise InputError(
             f"{journal.out}: holds no result of `flearn delta subtract`"
             " (its manifest.json is absent, damaged or another program's)"
+        )
+    if "version" not in journal.recipe:
+        raise InputError(
+            f"{journal.out}: holds an unfinished model, which `flearn delta subtract` did not begin;"
+            " run again what makes it"
         )
     if not _is_of_this_version(journal.recipe):
         begun = "not finished, and begun by another version of flearn, which this one cannot go on with"
@@ -173,6 +178,27 @@ def _compare_inputs(manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return gone, changed
 
 
+class _Job(NamedTuple):
+    """A tensor to check."""
+
+    file: str
+    reader: SliceReader
+    info: TensorInfo
+    digest: str
+    """What the manifest says of it."""
+
+
+class _Found(NamedTuple):
+    """What reading a tensor showed."""
+
+    wrong: list[str]
+    """Of its own bytes."""
+    is_equal: bool
+    """Whether they are those of the virtual model."""
+    objection: str
+    """Why the virtual model could not be computed, if so: an input has changed."""
+
+
 class _Checking:
     """Compares the tensors of a result with their digests and their virtual model, on a few threads."""
 
@@ -184,9 +210,7 @@ class _Checking:
         io: Io,
         memory_bytes: int,
     ) -> None:
-        """`noted`: what the manifest says of each tensor. Raises InputError if `memory_bytes` is too
-        little.
-        """
+        """`noted`: what the manifest says of each tensor. Raises InputError for too little memory."""
         self._shards = shards
         self._noted = noted
         self._virtual = virtual
@@ -197,73 +221,91 @@ class _Checking:
         if self._num_threads == 0:
             needed = f"{(per_thread >> 20) + 1}MiB"
             raise InputError(f"--memory: {memory_bytes} bytes are too few; these models need {needed}")
+        self._is_over = threading.Event()
+        # Explaining takes memory of its own: one thread at a time.
+        self._explaining = threading.Lock()
 
     def run(self, out: Path, progress: Progress) -> list[str]:
         """All problems of the shards in `out`."""
         problems: list[str] = []
         with ExitStack() as stack:
-            jobs: list[tuple[SafetensorsSource, SliceReader, TensorInfo, str]] = []
+            jobs: list[_Job] = []
             for file, digests in self._shards.items():
                 source, wrong = _open_shard(out / file, digests)
                 problems += wrong
                 if source is None:
                     continue
-                stack.enter_context(closing(source))
-                reader = stack.enter_context(closing(SliceReader(source, self._io, may_use_cache=False)))
-                for name in digests.keys() & source.tensors.keys():
-                    jobs.append((source, reader, source.tensors[name], digests[name]))
-            progress.start(sum(info.num_bytes for _, _, info, _ in jobs))
-            stack.enter_context(nullcontext() if self._virtual is None else self._virtual.many_threads())
+                stack.callback(source.close)
+                reader = SliceReader(source, self._io, may_use_cache=False)
+                stack.callback(reader.close)
+                infos = [info for name, info in source.tensors.items() if name in digests]
+                jobs += [_Job(file, reader, info, digests[info.name]) for info in infos]
+            progress.start(sum(job.info.num_bytes for job in jobs))
+            if self._virtual is not None:
+                stack.enter_context(self._virtual.many_threads())
             pool = ThreadPoolExecutor(self._num_threads)
-            stack.callback(
-                pool.shutdown, cancel_futures=True
-            )  # an interruption waits for few tensors, not for all
-            for job, found in zip(jobs, pool.map(lambda job: self._check(*job), jobs), strict=True):
+            # Where this is interrupted, threads end with the slice that they are at.
+            stack.callback(pool.shutdown, cancel_futures=True)
+            stack.callback(self._is_over.set)
+            for job, found in zip(jobs, pool.map(self._check, jobs), strict=True):
                 problems += found
-                progress.advance(job[2].num_bytes)
+                progress.advance(job.info.num_bytes)
         return problems
 
-    def _check(
-        self, source: SafetensorsSource, reader: SliceReader, info: TensorInfo, right: str
-    ) -> list[str]:
-        """What is wrong with one tensor, in at most a line or two."""
-        virtual = self._virtual if self._is_as_planned(info) else None
-        digest, num_not_finite, is_equal = blake3(), 0, True
+    def _check(self, job: _Job) -> list[str]:
+        """What is wrong with one tensor."""
+        info = job.info
+        virtual = self._virtual
+        if virtual is not None and virtual.tensors.get(info.name) != info:
+            virtual = None  # of another shape or dtype there is nothing to compare
+        try:
+            found = self._read(job, virtual)
+        except InputError as error:
+            return [str(error)]
+        problem = f"{info.name} in {job.file}: {', '.join(found.wrong)}"
+        if virtual is None:
+            return [problem] if found.wrong else []
+        if found.is_equal:
+            right = "it holds the right values; its digest in the manifest is wrong"
+            return [f"{problem}: {right}"] if found.wrong else []
+        with self._explaining:
+            # The arithmetic is the same in every process: an input must have changed, or the manifest has.
+            changed = changed_inputs(virtual, info, self._noted[info.name].get("inputs", {}))
+            changed = changed or ([found.objection] if found.objection else [])
+            if changed:
+                return [*changed, *([problem] if found.wrong else [])]
+            if found.wrong:
+                return [f"{problem}: {explain(info.name, job.reader, virtual)}"]
+        return [f"{info.name}: the manifest's digest is not that of base - scale * (tuned - base)"]
+
+    def _read(self, job: _Job, virtual: Virtual | None) -> _Found:
+        """Read a tensor from the disk. Raises InputError if that fails."""
+        info, digest, num_not_finite, is_equal, objection = job.info, blake3(), 0, True, ""
         num_at_once = stream.CHUNK_BYTES // DTYPE_BYTES[info.dtype]
         for start in range(0, info.num_elements, num_at_once):
+            if self._is_over.is_set():
+                break
             stop = min(start + num_at_once, info.num_elements)
-            found = reader.read(info.name, start, stop)
-            digest.update(found.view(np.uint8).data)
+            values = job.reader.read(info.name, start, stop)
+            digest.update(values.view(np.uint8).data)
             if info.is_floating and not is_recomputed(info):
-                num_not_finite += count_not_finite(found)
+                num_not_finite += count_not_finite(values)
             if virtual is not None and is_equal:
-                computed = virtual.read(info.name, start, stop)
-                is_equal = np.array_equal(found.view(np.uint8), computed.view(np.uint8))
+                try:
+                    is_equal = _equals(values, virtual.read(info.name, start, stop))
+                except InputError as error:  # the rest is compared with its digest yet
+                    is_equal, objection = False, str(error)
         wrong = ["is empty"] if info.num_elements == 0 else []
         if num_not_finite:
             wrong.append(f"{num_not_finite} elements are NaN or infinite")
-        if digest.hexdigest() != right:
+        if digest.hexdigest() != job.digest:
             wrong.append("its bytes are not those that were written")
-        problem = f"{info.name} in {source.path.name}: {', '.join(wrong)}"
-        if virtual is None:
-            return [problem] if wrong else []
-        if is_equal:
-            return (
-                [f"{problem}: it holds the right values; its digest in the manifest is wrong"]
-                if wrong
-                else []
-            )
-        # The arithmetic is the same in every process: so an input must have changed, or the manifest was.
-        changed = changed_inputs(virtual, info, self._noted[info.name].get("inputs", {}))
-        if changed:
-            return [*changed, *([problem] if wrong else [])]
-        if wrong:
-            return [f"{problem}: {explain(info.name, source, virtual)}"]
-        return [f"{info.name}: the manifest's digest is not that of base - scale * (tuned - base)"]
+        return _Found(wrong, is_equal, objection)
 
-    def _is_as_planned(self, info: TensorInfo) -> bool:
-        """Whether a tensor has the shape and dtype that it should have: else there is nothing to compare."""
-        return self._virtual is not None and self._virtual.tensors.get(info.name) == info
+
+def _equals(one: Array, two: Array) -> bool:
+    """Whether two arrays have the same bytes: -0 is not 0 here, and NaN is itself."""
+    return np.array_equal(one.view(np.uint8), two.view(np.uint8))
 
 
 def _open_shard(path: Path, digests: Mapping[str, str]) -> tuple[SafetensorsSource | None, list[str]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,8 +68,7 @@ class Virtual:
         Raises:
             InputError: The scale is not finite in float32.
         """
-        if not is_scale(scale):
-            raise InputError(f"scale {scale}: must be a finite number, in float32 too")
+        require_scale(scale)
         self.base = base
         self.vector = vector
         self.formula = Formula(scale, rounding, seed)
@@ -77,8 +76,11 @@ class Virtual:
         self.aliases = dict(base.aliases)
         self._reader = SliceReader(base, io, may_use_cache=True)
         self.thread_bytes = _SCRATCH_BYTES + self._room_bytes()
-        # Few compute at a time: more would push each other's numbers out of the processor's caches.
-        self._idle: SimpleQueue[Arithmetic] = SimpleQueue()
+        # Digests of what is read take time, and only `undo` wants them.
+        self.notes_inputs = self.can_be_undone
+        # Few compute at a time: more would push each other's numbers out of the processor's caches. Last in,
+        # first out: what is still in the caches is taken first, and no more is touched than threads compute.
+        self._idle: LifoQueue[Arithmetic] = LifoQueue()
         for _ in range(min(stream.MAX_THREADS, len(os.sched_getaffinity(0)))):
             self._idle.put(Arithmetic(self.formula))
 
@@ -86,11 +88,6 @@ class Virtual:
     def can_be_undone(self) -> bool:
         """Whether nothing subtracted is rounded to 16 bits, so that the base can be had back from theta'."""
         return all(self.tensors[name].dtype in ("float32", "float64") for name in self.vector.names)
-
-    @property
-    def notes_inputs(self) -> bool:
-        """Whether digests of what is read are noted: only `undo` wants them, and they take time."""
-        return self.can_be_undone
 
     def read(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
         """Elements [start, stop) of theta', as they are stored.
@@ -158,8 +155,11 @@ class Virtual:
         """What whoever uses theta', stored mostly in `dtype`, should know of what survived."""
         return diagnostics.warnings(survivals, self.formula.scale, dtype)
 
-    def many_threads(self) -> AbstractContextManager[None]:
-        return self.vector.many_threads()
+    @contextmanager
+    def many_threads(self) -> Iterator[None]:
+        base = self.base.many_threads() if isinstance(self.base, Virtual) else nullcontext()
+        with base, self.vector.many_threads():
+            yield
 
     def close(self) -> None:
         self._reader.close()
@@ -174,7 +174,8 @@ class Virtual:
             most_base = max(most_base, room_for(num_elements * DTYPE_BYTES[self.base.tensors[name].dtype]))
             if name in self.vector.names:
                 most_vector = max(most_vector, self.vector.thread_bytes(name, num_elements))
-        return most_base + most_vector
+        inner = self.base.thread_bytes if isinstance(self.base, Virtual) else 0
+        return most_base + most_vector + inner
 
 
 class Observed(NamedTuple):
@@ -213,6 +214,12 @@ class Notes:
         return {"inputs": digests, "survival": asdict(self._survival)}
 
 
+def require_scale(scale: float) -> None:
+    """Raises InputError for a scale that float32, in which it is used, has not as a finite number."""
+    if not is_scale(scale):
+        raise InputError(f"scale {scale}: must be a finite number, in float32 too")
+
+
 def _stored(info: TensorInfo, dtype: str | Mapping[str, str]) -> TensorInfo:
     """A tensor of the base as theta' has it."""
     wanted = dtype if isinstance(dtype, str) else dtype.get(info.name, "same")
@@ -241,12 +248,15 @@ def open_virtual(
 
     Raises InputError if they cannot be read, or do not fit.
     """
-    opened = open_source(base)
-    try:
-        return Virtual(opened, open_vector(tuned, opened, io), scale, dtype, rounding, seed, io)
-    except BaseException:
-        opened.close()
-        raise
+    require_scale(scale)  # before anything is read
+    with ExitStack() as stack:
+        opened = open_source(base)
+        stack.callback(opened.close)
+        vector = open_vector(tuned, opened, io)
+        stack.callback(vector.close)
+        virtual = Virtual(opened, vector, scale, dtype, rounding, seed, io)
+        stack.pop_all()
+        return virtual
 
 
 def adapted(base: TensorSource, adapter: Path) -> Virtual:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,16 @@ from pipeline.weights.floats import Array
 from pipeline.weights.folder_writer import Content, write_folder
 from pipeline.weights.formats.adapter_config import FILE_NAME
 from pipeline.weights.formats.open import open_source
+from pipeline.weights.journal import Journal
 from pipeline.weights.shard import Shard, parse_size, plan_shards
 from pipeline.weights.source import TensorSource
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
+
+MODEL, ADAPTER = "model", "adapter"
+"""The folders that a training leaves in its own."""
 
 _SHARD_SIZE = "5GB"
 _DTYPE = "float32"
@@ -34,6 +39,7 @@ def write_full(checkpoint: Path, folder: Path, base: Path, context: Context) -> 
     Raises InputError if the disk is too full.
     """
     max_shard_bytes = parse_size(_SHARD_SIZE)
+    _clear(folder)
     with closing(Cast(open_source(checkpoint), _DTYPE)) as source:
         shards = plan_shards(source.tensors.values(), max_shard_bytes)
         content = Content(
@@ -47,14 +53,28 @@ def write_adapter(
     checkpoint: Path, folder: Path, config: LoraConfig, base: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Write the adapter in fp32 to `folder` as PEFT does; its config names the model folder `base`."""
+    _clear(folder)
     with closing(Cast(_Renamed(open_source(checkpoint)), _DTYPE)) as source:
         shard = Shard("adapter_model.safetensors", tuple(source.tensors.values()))
         extras = _tokenizer_files(tokenizer) | {FILE_NAME: _described(config, base)}
         write_folder(source, folder, Content([shard], extras, _recipe(folder)))
 
 
+def discard(out: Path) -> None:
+    """Remove what was begun in a training's folder `out`: a new training may end in other bits."""
+    for name in (MODEL, ADAPTER):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an older flearn began here in another way: the training's folder is ours alone."""
+    journal = Journal(folder)
+    if journal.recipe is None and journal.manifest is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _recipe(folder: Path, **fields: Any) -> dict[str, Any]:
-    """A training's artifact is named by all that decides its result."""
+    """A training's artifact is named by all that decides its result, and `discard` sees to the rest."""
     return {"artifact": folder.parent.name, "dtype": _DTYPE, **fields}
 
 

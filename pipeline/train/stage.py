@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.models.load import load_tokenizer, open_weights
 from pipeline.train.checkpoint import Checkpoints, Saved
 from pipeline.train.job import Job, plan_job
-from pipeline.train.result import write_adapter, write_full
+from pipeline.train.result import ADAPTER, MODEL, discard, write_adapter, write_full
 from pipeline.train.session import Handover
 from pipeline.train.step_log import StepLog, read_steps, summarise
 
@@ -58,6 +58,8 @@ def _train(job: Job, out: Path, checkpoints: Checkpoints, sessions: Handover, co
     if saved is not None and saved.step == job.course.num_steps:
         return saved
     _require_disk(job, saved, out, context)
+    if context.is_main:
+        discard(out)
     with closing(open_weights(job.base)) as source, sessions.session(job, context) as session:
         if saved is None:
             session.fill(source, job.course.seed)
@@ -84,9 +86,9 @@ def _write_result(job: Job, saved: Saved, out: Path, context: Context) -> dict[s
     if job.keeps_checkpoint:
         made = {"model": str(saved.folder.relative_to(out)), "model_kind": "zero"}
     elif job.adapter is not None:
-        write_adapter(saved.folder, out / "adapter", job.adapter, job.folder, load_tokenizer(job.base))
-        made = {"model": "adapter", "model_kind": "adapter"}
+        write_adapter(saved.folder, out / ADAPTER, job.adapter, job.folder, load_tokenizer(job.base))
+        made = {"model": ADAPTER, "model_kind": "adapter"}
     else:
-        write_full(saved.folder, out / "model", job.folder, context)
-        made = {"model": "model", "model_kind": "folder"}
+        write_full(saved.folder, out / MODEL, job.folder, context)
+        made = {"model": MODEL, "model_kind": "folder"}
     return made | job.described() | summarise(read_steps(out / _LOG))

@@ -112,9 +112,8 @@ def _narrow_to_float16(values: Array, out: Array) -> None:
     # count places.
     power = bits & _EXPONENT
     np.maximum(power, _FLOAT16_NORMAL, out=power)
-    np.add(
-        power, (13 << 23) + (1 << 11), out=power
-    )  # 1 << 11 makes up for the exponents' offsets, below in 16 bits
+    # 1 << 11 makes up for the exponents' offsets, below in 16 bits.
+    np.add(power, (13 << 23) + (1 << 11), out=power)
     total = power.view(np.float32) + size.view(np.float32)
     np.bitwise_xor(bits, size, out=bits)
     np.subtract(total, power.view(np.float32), out=size.view(np.float32))
@@ -132,16 +131,14 @@ def narrow_randomly(values: Array, numbers: Array, out: Array) -> None:
     Probabilities come in steps of 2**-16, rounded up below float16's smallest normal number.
     """
     bits = values.view(np.uint32)
-    if (
-        out.dtype == BFLOAT16
-    ):  # float32 with the last 16 bits cut off: adding 16 random bits carries as often as it should
+    # bfloat16 is float32 with the last 16 bits cut off: adding 16 random bits carries as often as it should.
+    if out.dtype == BFLOAT16:
         _cut_to_bfloat16(np.add(bits, numbers, out=bits), np.empty_like(bits), out)
         return
     steps = np.abs(values)
     is_small = steps < np.float32(2.0**-14)
-    np.multiply(
-        steps, np.float32(2.0**24), out=steps
-    )  # below 2**-14 float16 has an even grid, of step 2**-24
+    # Below 2**-14 float16 has an even grid, of step 2**-24.
+    np.multiply(steps, np.float32(2.0**24), out=steps)
     small = np.floor(steps)
     np.subtract(steps, small, out=steps)
     np.multiply(steps, np.float32(65536.0), out=steps)

@@ -27,6 +27,7 @@ from pipeline.weights.source import TensorInfo, main_dtype
 from pipeline.weights.stream import Stream, WritableSource
 
 Describe = Callable[[Receipt, Mapping[str, Any]], dict[str, Any]]
+"""(receipts of all tensors, the writer's own fields of the manifest) -> further fields."""
 
 
 class Content(NamedTuple):

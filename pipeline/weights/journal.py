@@ -214,10 +214,8 @@ class Journal:
         """One of two workers that do the same may complete the output and remove `.incomplete`: no harm."""
         try:
             yield
-        except (
-            FileNotFoundError,
-            FileExistsError,
-        ):  # the latter from a mkdir that lost its folder while it looked at it
+        except (FileNotFoundError, FileExistsError):
+            # The latter comes from a mkdir that lost its folder while it looked at it.
             if self.manifest is None:
                 raise
 

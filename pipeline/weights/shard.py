@@ -157,9 +157,8 @@ def header_bytes(tensors: Sequence[TensorInfo]) -> bytes:
         }
         begin = end
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (
-        -len(text) % 8
-    )  # the first tensor begins at a multiple of 8 bytes, as safetensors does it
+    # The first tensor begins at a multiple of 8 bytes, as in the safetensors package.
+    text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -45,9 +45,8 @@ class SliceReader:
         dtype = self._source.tensors[self._source.aliases.get(name, name)].dtype
         num_bytes = (stop - start) * DTYPE_BYTES[dtype]
         area = self._area(room_for(num_bytes))
-        if not isinstance(
-            self._source, StoredSource
-        ):  # it computes its values: there is no file to read past
+        # Others compute their values: there is no file to read past the page cache.
+        if not isinstance(self._source, StoredSource):
             return self._source.read(name, start, stop, np.frombuffer(area, array_dtype(dtype), stop - start))
         begin = self._gather(self._source.locate(name, start, stop), area, DTYPE_BYTES[dtype])
         return np.frombuffer(area, array_dtype(dtype), stop - start, begin)

@@ -60,9 +60,8 @@ class StoredTensor:
     def _cut(self, start: int, stop: int) -> Iterator[Piece]:
         assert 0 <= start <= stop <= self.num_elements, (start, stop, self.num_elements)
         size = DTYPE_BYTES[self.dtype]
-        index = bisect_right(
-            self._ends, start
-        )  # a group of 1000 ranks has 1000 pieces: no search from the front
+        # A group of 1000 ranks has 1000 pieces: no search from the front.
+        index = bisect_right(self._ends, start)
         while start < stop:
             file, offset, num_elements = self.pieces[index]
             skipped = start - (self._ends[index] - num_elements)

@@ -55,7 +55,7 @@ class WritableSource(TensorSource, Protocol):
     def read_noting(self, name: str, start: int, stop: int, out: Any) -> Any:
         """Elements [start, stop), at most a chunk, to `out`, as `read`; returns what is to be noted of them.
 
-        It is good until the thread reads elements that are not the first of a tensor.
+        Of the first elements of a tensor it is good for ever, of others until the thread's next read.
         """
         ...
 
@@ -187,8 +187,9 @@ class Stream:
                     while is_alive:  # once more after its end: it may have moved on since
                         thread.join(0.1)
                         is_alive = thread.is_alive()
-                        shown, moved = self._num_done, self._num_done - shown
-                        progress.advance(moved)
+                        done = self._num_done  # read once: others raise it
+                        progress.advance(done - shown)
+                        shown = done
         except BaseException as error:  # the caller was interrupted, or asked to stop
             self._fail(error)
             for thread in threads:
@@ -234,6 +235,7 @@ class Stream:
         The last part comes first. Only a chunk's first part can go on with a tensor, and what was observed of
         such elements must last until their turn to be noted comes.
         """
+        assert all(part.start == 0 for part in chunk.parts[1:]), "only the first part goes on with a tensor"
         memory[: len(chunk.header)] = chunk.header
         observed = []
         for part in reversed(chunk.parts):

@@ -205,9 +205,8 @@ def _optimizer_steps(optim: dict[str, Any]) -> list[float]:
 def _number(value: Any) -> float:
     if isinstance(value, ShapedTensor) and value.stored.num_elements == 1:
         return _stored_number(value.stored)
-    is_number = (
-        isinstance(value, (int, float)) and abs(value) < 1 << 63
-    )  # a pickle may hold an integer that no float holds
+    # A pickle may hold an integer that no float holds.
+    is_number = isinstance(value, (int, float)) and abs(value) < 1 << 63
     return float(value) if is_number else -1.0
 
 

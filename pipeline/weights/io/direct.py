@@ -75,9 +75,8 @@ class InputFile:
             self.read(view[:num_bytes], offset)
             return
         done = 0
-        while (
-            done < num_bytes and done % PAGE == 0
-        ):  # a short read that ends inside a page cannot go on directly
+        # A short read that ends inside a page cannot go on directly.
+        while done < num_bytes and done % PAGE == 0:
             num_read = _read_direct(self._direct, view[done : pages_up(num_bytes)], offset + done)
             if num_read == 0:  # refused, or the end of the file
                 break
@@ -107,7 +106,8 @@ def open_direct(path: Path, reopen: Callable[[int], int], flags: int, io: Io, nu
         if error.errno == errno.EINVAL and io == "direct":
             advice = "this file system does not take direct I/O; use --io buffered"
             raise InputError(f"{path.parent}: {advice}") from error
-        if error.errno in (errno.EINVAL, errno.ENOENT) and io == "auto":  # ENOENT: there is no /proc here
+        # ENOENT: there is no /proc here. EMFILE: so many files that a second descriptor is one too many.
+        if error.errno in (errno.EINVAL, errno.ENOENT, errno.EMFILE) and io == "auto":
             return None
         raise
 

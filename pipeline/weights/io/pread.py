@@ -45,7 +45,13 @@ class PreadFile:
 
     def reopen(self, flags: int) -> int:
         """Another descriptor of this very file, even if its path now leads to another. Raises OSError."""
-        return os.open(f"/proc/self/fd/{self._descriptor}", flags | os.O_CLOEXEC)
+        try:
+            return os.open(f"/proc/self/fd/{self._descriptor}", flags | os.O_CLOEXEC)
+        except OSError as error:
+            error.filename = str(self.path)  # not its number in this process
+            if error.errno != errno.EMFILE or not _lift_limit():
+                raise
+        return self.reopen(flags)
 
     def close(self) -> None:
         """Let go of the file; again does nothing."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -322,3 +324,39 @@ def test_a_forget_stages_folder_is_told_from_its_result(out: Path, tmp_path: Pat
     out.rename(tmp_path / "forget-1/model")
     with pytest.raises(InputError, match=r"verify .*forget-1/model"):
         verify(tmp_path / "forget-1")
+
+
+def test_an_input_that_became_nan_where_its_digest_does_not_look_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends nothing: what else differs is named, too."""
+    monkeypatch.setattr(module, "content_digest", lambda path: "0")
+    monkeypatch.setattr("pipeline.delta.verify.content_digest", lambda path: "0")
+    base, tuned = write_pair(tmp_path)
+    subtract(base, tuned, 0.3, tmp_path / "out")
+    values = load(tuned)
+    values[NAME][3, 4] = torch.nan
+    save(tuned, values)
+    change(tmp_path / "out", load(tmp_path / "out")["model.norm.weight"] + 1, "model.norm.weight")
+    problems = verify(tmp_path / "out").problems
+    assert f"{NAME}: the tuned model has changed since the result was made" in problems
+    assert len(problems) == 2 and any("model.norm.weight" in problem for problem in problems)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = write_pair(tmp_path)
+    subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=1000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 10
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+    try:
+        assert verify(tmp_path / "out", io="direct") == Verdict([], [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_another_unfinished_model_is_not_called_an_older_flearns(tmp_path: Path) -> None:
+    (tmp_path / "model/.incomplete/recipe").mkdir(parents=True)
+    (tmp_path / "model/.incomplete/recipe/recipe.json").write_text('{"artifact": "teach-1"}')
+    with pytest.raises(InputError, match="an unfinished model"):
+        verify(tmp_path / "model")

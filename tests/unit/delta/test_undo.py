@@ -253,3 +253,14 @@ def test_a_plain_model_is_no_result(tmp_path: Path) -> None:
     base, tuned = write_pair(tmp_path)
     with pytest.raises(InputError, match="holds no finished result"):
         undo(base, tmp_path / "back", tuned=tuned)
+
+
+def test_a_result_that_was_damaged_into_nan_is_blamed_itself(tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path)
+    subtract(base, tuned, 0.3, tmp_path / "out")
+    values = load(tmp_path / "out")
+    values[LARGE][3, 4] = torch.nan
+    save(tmp_path / "out", values)
+    with pytest.raises(InputError, match=r"out or .*tuned has changed.*flearn delta verify .*delete .*back"):
+        undo(tmp_path / "out", tmp_path / "back")
+    assert not (tmp_path / "back/manifest.json").exists()

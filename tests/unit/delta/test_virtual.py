@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import torch
 from delta_models import formula, layered, load, nudged, save, write_adapter
 from zero_checkpoint import Checkpoint
 
+from pipeline.delta.arithmetic import Arithmetic
+from pipeline.delta.inspect import inspect
 from pipeline.delta.subtract import subtract
 from pipeline.delta.virtual import Virtual, adapted, open_virtual
 from pipeline.errors import InputError
@@ -231,3 +234,42 @@ def test_memory_does_not_grow_with_the_slice(tmp_path: Path) -> None:
             virtual.read(name, 0, info.num_elements)
         rooms = [reader._own.area for reader in (virtual._reader, virtual.vector._reader)]  # type: ignore[attr-defined]
         assert sum(map(len, rooms)) < before == virtual.thread_bytes
+
+
+def test_one_thread_uses_one_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many processors there are: the memory of those that are never taken is never touched."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
+    used = set()
+    whole = Arithmetic.subtract
+
+    def watched(arithmetic: Arithmetic, *arguments: Any) -> Any:
+        used.add(id(arithmetic))
+        return whole(arithmetic, *arguments)
+
+    monkeypatch.setattr(Arithmetic, "subtract", watched)
+    base, tuned = models(tmp_path, "safetensors")
+    subtract(base, tuned, 0.7, tmp_path / "out", memory="14MiB")
+    assert len(used) == 1
+
+
+def test_an_adapter_that_is_being_written_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "base", layered(0))
+    write_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter/.incomplete").mkdir()
+    with closing(open_source(tmp_path / "base")) as base:
+        for refuse in (lambda: adapted(base, tmp_path / "adapter"), lambda: inspect(tmp_path / "adapter")):
+            with pytest.raises(InputError, match="is not whole"):
+                refuse()
+
+
+def test_a_virtual_model_may_be_a_base(tmp_path: Path) -> None:
+    base, tuned = models(tmp_path, "safetensors")
+    write_adapter(tmp_path / "adapter")
+    subtract(base, tuned, 0.7, tmp_path / "one")
+    subtract(tmp_path / "one", tmp_path / "adapter", -1.0, tmp_path / "two")
+    virtual = adapted(open_virtual(base, tuned, 0.7), tmp_path / "adapter")
+    with closing(virtual), closing(SafetensorsSource(tmp_path / "two")) as written:
+        for name, info in written.tensors.items():
+            right = written.read(name, 0, info.num_elements)
+            assert np.array_equal(_bits(virtual.read(name, 0, info.num_elements)), _bits(right)), name
+        assert virtual.thread_bytes > virtual.base.thread_bytes  # type: ignore[attr-defined]
