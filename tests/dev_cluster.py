@@ -31,10 +31,10 @@ def dev_cluster() -> Iterator[dict[str, str]]:
         "OMP_NUM_THREADS": "1",
     }
     try:
-        subprocess.run([str(CLUSTER), "up"], env=env, check=True, timeout=180, stdout=subprocess.DEVNULL)
+        subprocess.run([str(CLUSTER), "up"], env=env, check=True, timeout=600, stdout=subprocess.DEVNULL)
         yield env
     finally:
-        subprocess.run([str(CLUSTER), "purge"], env=env, check=True, timeout=120)
+        subprocess.run([str(CLUSTER), "purge"], env=env, check=True, timeout=600)
 
 
 def free_ports(count: int) -> int:

@@ -7,13 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dev_cluster import MISSING, ROOT
+from halts import Halt, environment
 
 from launch.run_folder import RunFolder
 
@@ -23,14 +23,14 @@ needs_slurm = [
     pytest.mark.skipif(os.geteuid() != 0, reason="naming the virtual nodes in /etc/hosts needs root"),
 ]
 
-# The quickstart with one method, few facts, and fine-tunings that are long enough to be disturbed.
+# The quickstart with one method, few facts, and fine-tunings with a few checkpoints, at which they are disturbed.
 SMALL = [
     "facts.limit=12",
     "methods=[flearn_ft]",
     "model.tiny.num_layers=2",
-    "teach.epochs=60",
-    "full.epochs=60",
-    "full.checkpoint_every_steps=10",
+    "teach.epochs=20",
+    "full.epochs=20",
+    "full.checkpoint_every_steps=5",
     "evaluate.max_new_tokens=4",
     "evaluate.protocols=[token]",
     "forget.max_shard_size=1MB",
@@ -44,32 +44,30 @@ def zero(stage: int) -> list[str]:
 
 
 ZERO = {stage: zero(stage) for stage in (2, 3)}
-# One of the two has all methods, and nothing that has to be long.
-ZERO[3] += [
-    "methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]",
-    "teach.epochs=30",
-    "full.epochs=20",
-    "lora.epochs=20",
-]
+ZERO[3].append("methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]")  # one of the two has all
 
 
 def settings(runs: Path, *overrides: str) -> list[str]:
     return [part for s in [*SMALL, f"cluster.runs_dir={runs}", *overrides] for part in ("--set", s)]
 
 
-def flearn(*arguments: str) -> subprocess.CompletedProcess[str]:
+def flearn(*arguments: str, halts: Sequence[Halt] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    env = os.environ | environment(*halts)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
-def run(runs: Path, on: str, *overrides: str) -> Path:
-    done = flearn("run", "configs/quickstart.yaml", "--on", on, *settings(runs, *overrides))
+def run(runs: Path, on: str, *overrides: str, halts: Sequence[Halt] = ()) -> Path:
+    """Jobs have the environment of who submits them: those that come to `halts` halt there."""
+    done = flearn("run", "configs/quickstart.yaml", "--on", on, *settings(runs, *overrides), halts=halts)
     assert done.returncode == 0, done.stdout + done.stderr
     return runs / "quickstart"
 
 
-def slurm(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+def slurm(*command: str, **variables: str) -> str:
+    """What a command of SLURM's prints, with these variables in its environment."""
+    env = os.environ | variables
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def status_text(run_dir: Path) -> str:
@@ -80,14 +78,6 @@ def status(run_dir: Path) -> dict[str, dict[str, Any]]:
     """By step id, or by stage where there is one of it."""
     rows = json.loads(flearn("status", str(run_dir), "--json").stdout)
     return {row["id"]: row for row in rows} | {row["id"].rpartition("-")[0]: row for row in rows}
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-    return found
 
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""One rank of an evaluation: `evaluate_worker.py FOLDER OUT`, with RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT set.
+"""One rank of an evaluation: `evaluate_worker.py FOLDER OUT`, with RANK, WORLD_SIZE and MEETING set.
 
+MEETING is a file, not there yet, by which the ranks find each other: a free port may be taken by another process.
 FOLDER holds the artifacts `model` and `facts`. Exit 0: done; 3: asked to stop. Rank 0 writes OUT/result.json.
 """
 
@@ -19,7 +19,8 @@ from pipeline.evaluate.stage import run
 
 
 def main(folder: Path, out: Path) -> int:
-    dist.init_process_group("gloo")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", f"file://{os.environ['MEETING']}", rank=rank, world_size=world_size)
     context = Context(dist.get_rank(), dist.get_world_size(), group=dist.new_group(backend="gloo"))
     context.listen()
     section = {

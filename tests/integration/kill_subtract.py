@@ -1,11 +1,11 @@
-"""Kills `subtract` at a chosen moment, as often as asked, without starting Python anew each time: each trial
-is a fork.
+"""Kills `subtract` at a chosen moment, as often as asked. Each trial is a fork, so that Python starts but once.
 
-Run as: python kill_subtract.py '{"base": ..., "tuned": ..., "part": [0, 1]}' OUT CALL WHEN [OUT CALL WHEN
-...] CALL is a number among the system calls that change a file (0: the trial lives), or among those of a
-name, as in `pwrite:3`. The trial dies by SIGKILL before, after, or within that call: within a pwrite, or the
-fsync of a file, when half of the bytes are written. Or late: a twentieth of a second before it, in which the
-other threads go on. It prints a JSON line: how it ended, and the calls it made.
+    python kill_subtract.py '{"base": ..., "tuned": ..., "part": [0, 1]}' OUT CALL WHEN [OUT CALL WHEN ...]
+
+CALL is a number among the system calls that change a file (0: the trial lives), or among those of a name, as in
+`pwrite:3`. The trial dies by SIGKILL before, after, or within that call: within a pwrite, or the fsync of a file,
+when half of the bytes are written. Or late: before it, once other threads have made twelve more calls.
+It prints a JSON line for each: how it ended, and the calls it made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import signal
 import stat
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,9 @@ CHANGING = (
 
 stream.CHUNK_BYTES = 1 << 16
 
+AHEAD = 12
+"""Calls by which other threads are ahead of a thread that is killed late: they are at work on later shards."""
+
 _truncate = os.ftruncate
 
 
@@ -49,7 +51,7 @@ class Killer:
         self._name, _, number = at.rpartition(":")
         self._number, self._when = int(number), when
         self.calls: list[str] = []
-        self._lock = threading.Lock()
+        self._called = threading.Condition()
 
     def arm(self) -> None:
         for name in CHANGING:
@@ -57,12 +59,14 @@ class Killer:
 
     def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **options: Any) -> Any:
-            with self._lock:
+            with self._called:
                 self.calls.append(name)
+                self._called.notify_all()
                 same = [call for call in self.calls if self._name in ("", call)]
                 is_last = len(same) == self._number and self._name in ("", name)
             if is_last and self._when in ("before", "late"):
-                time.sleep(0.05 if self._when == "late" else 0)
+                if self._when == "late":
+                    self._wait_for(len(self.calls) + AHEAD)
                 os.kill(os.getpid(), signal.SIGKILL)
             if is_last and self._when == "within" and name == "pwrite":
                 descriptor, data, offset = arguments
@@ -76,6 +80,10 @@ class Killer:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         return counted
+
+    def _wait_for(self, num_calls: int) -> None:
+        with self._called:
+            assert self._called.wait_for(lambda: len(self.calls) >= num_calls, 60), "the others do not go on"
 
 
 def _halve(descriptor: int) -> None:

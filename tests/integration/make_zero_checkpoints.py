@@ -1,7 +1,9 @@
 """One rank of a DeepSpeed run that makes many small ZeRO checkpoints, each beside `expected.pt`: what the
 engine says it holds.
 
-Run as RANK=0 WORLD_SIZE=2 ... python make_zero_checkpoints.py OUT '{"name": {"stage": 2, ...}, ...}'.
+    RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 python make_zero_checkpoints.py OUT '{"name": {"stage": 2, ...}, ...}'
+
+The ranks find each other by the file OUT/meeting: a free port may be taken by another process.
 """
 
 from __future__ import annotations
@@ -115,9 +117,12 @@ def value_of(parameter: nn.Parameter) -> torch.Tensor:
 
 def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    out = Path(sys.argv[1]).absolute()
+    dist.init_process_group("gloo", f"file://{out}/meeting", rank=rank, world_size=world_size)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     for name, case in json.loads(sys.argv[2]).items():
-        make(Path(sys.argv[1]) / name, case)
+        make(out / name, case)
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from halts import Halt, environment
 
 from pipeline.artifact import Artifact
 from pipeline.evaluate import record_files
@@ -21,6 +21,8 @@ from pipeline.facts.fact import Fact, Probe, write_facts
 
 ROOT = Path(__file__).parents[2]
 NUM_FACTS = 41
+ROUND = 2
+"""Facts that a rank asks between two moments at which it may stop, with the worker's batches of one."""
 
 pytestmark = pytest.mark.slow
 
@@ -47,22 +49,14 @@ def fact(i: int) -> Fact:
     )
 
 
-def start(folder: Path, out: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+def start(folder: Path, out: Path, ranks: int, *halts: Halt) -> list[subprocess.Popen[bytes]]:
     out.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "PYTHONPATH": str(ROOT),
-    }
+    meeting = Path(tempfile.mkdtemp(dir=out.parent)) / "meeting"
+    shared = os.environ | environment(*halts)
+    shared["PYTHONPATH"] += os.pathsep + str(ROOT)
+    shared |= {"MEETING": str(meeting), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests/integration/evaluate_worker.py"), str(folder), str(out)]
-    return [
-        subprocess.Popen(command, env=shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"})
-        for rank in range(ranks)
-    ]
+    return [subprocess.Popen(command, env=shared | {"RANK": str(rank)}) for rank in range(ranks)]
 
 
 def codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
@@ -75,16 +69,9 @@ def result(out: Path) -> tuple[Any, list[Any]]:
     return json.loads((out / "result.json").read_text()), rows
 
 
-def wait_for_rows(out: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    """Until every rank has finished a few records, and none all of its own."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        parts = [part.read_bytes().count(b"\n") for part in out.glob("records-rank*.jsonl")]
-        if len(parts) == len(processes) and min(parts) >= 2:
-            return
-        assert all(process.poll() is None for process in processes), "a rank ended before it was disturbed"
-        time.sleep(0.005)
-    raise AssertionError("no rows")
+def third_round(tmp_path: Path, rank: int) -> Halt:
+    """Where this rank is about to write the rows of its third round."""
+    return Halt(tmp_path / f"halt-{rank}", f"*/records-rank{rank}.jsonl", number=3)
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +91,25 @@ def test_two_ranks(folder: Path, tmp_path: Path, undisturbed: Any) -> None:
 
 def test_two_killed_ranks_and_one_that_goes_on(folder: Path, tmp_path: Path, undisturbed: Any) -> None:
     out = tmp_path / "killed"
-    processes = start(folder, out, 2)
-    wait_for_rows(out, processes)
+    halts = [third_round(tmp_path, rank) for rank in (0, 1)]
+    processes = start(folder, out, 2, *halts)
+    for halt in halts:
+        halt.wait(lambda: all(process.poll() is None for process in processes))
     for process in processes:
         process.kill()
     codes(processes)
-    assert 4 <= len(record_files.recover(out)) < NUM_FACTS
+    assert len(record_files.recover(out)) == 2 * 2 * ROUND
     assert codes(start(folder, out, 1)) == [0]
     assert result(out) == undisturbed
 
 
 def test_one_rank_is_asked_to_stop_and_both_do(folder: Path, tmp_path: Path, undisturbed: Any) -> None:
     out = tmp_path / "stopped"
-    processes = start(folder, out, 2)
-    wait_for_rows(out, processes)
+    halt = third_round(tmp_path, 1)
+    processes = start(folder, out, 2, halt)
+    halt.wait(lambda: all(process.poll() is None for process in processes))
     processes[1].send_signal(signal.SIGTERM)
     assert codes(processes) == [3, 3]
-    num_rows = len(record_files.recover(out))
-    assert 4 <= num_rows < NUM_FACTS
+    assert len(record_files.recover(out)) == 2 * 3 * ROUND
     assert codes(start(folder, out, 1)) == [0]
     assert result(out) == undisturbed

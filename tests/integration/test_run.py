@@ -8,17 +8,16 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from halts import Halt, environment, wait_until
 
+from launch.run_folder import RunFolder
 from pipeline.artifact import write_json
 from pipeline.plan import Existing, Plan, Step
 
@@ -35,6 +34,9 @@ SMALL = [
     "lora.checkpoint_every_steps=1",
     "evaluate.max_new_tokens=4",
 ]
+
+# For runs that are disturbed: enough, and half of the work.
+ONE_METHOD = "methods=[flearn_ft]"
 
 pytestmark = pytest.mark.slow
 
@@ -55,25 +57,34 @@ def flearn(runs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(runs, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a run as a process group of its own; whatever is left of it is killed after the test."""
-    started: list[subprocess.Popen[str]] = []
+Begin = Callable[..., "tuple[subprocess.Popen[str], int]"]
 
-    def _start(runs: Path, *overrides: str) -> subprocess.Popen[str]:
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Begin]:
+    """`begin(pattern, number)`: a run in `tmp_path` up to where it writes such a file for the `number`-th time.
+
+    Returns the command's process, the leader of a group of its own, and the id of the process that has halted.
+    Whatever is left of the group is killed after the test.
+    """
+    begun: list[subprocess.Popen[str]] = []
+
+    def _begin(pattern: str, number: int = 1) -> tuple[subprocess.Popen[str], int]:
+        halt = Halt(tmp_path / f"halt-{len(begun)}", str(tmp_path / "quickstart" / pattern), number)
         process = subprocess.Popen(
-            command(runs, *overrides),
+            command(tmp_path, ONE_METHOD),
             cwd=ROOT,
+            env=os.environ | environment(halt),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        started.append(process)
-        return process
+        begun.append(process)
+        return process, halt.wait(lambda: process.poll() is None)
 
-    yield _start
-    for process in started:
+    yield _begin
+    for process in begun:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -94,20 +105,15 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def ends_as_undisturbed(runs: Path, finished: Path) -> None:
+    """Run what is left to do of a disturbed run; it must come to the figures of the other."""
+    done = flearn(runs, ONE_METHOD)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert figures(runs / "quickstart") == [row for row in figures(finished) if row["method"] == "flearn_ft"]
+
+
 def manifests(run_dir: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in run_dir.glob("*/manifest.json")}
-
-
-def has(folder: Path, pattern: str) -> bool:
-    return any(folder.glob(pattern))
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def test_results_have_a_row_for_each_method_protocol_and_state(finished: Path) -> None:
@@ -171,11 +177,14 @@ def test_a_run_builds_on_another_runs_results(finished: Path, tmp_path: Path) ->
     inputs: dict[str, Step | Existing] = {"model": learned, "facts": facts, "reference": reference}
     plan.add("evaluate", section("evaluate"), inputs)
     write_json(tmp_path / "plan.json", plan.to_json())
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     worker = [sys.executable, "-m", "launch.worker", str(tmp_path / "plan.json")]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        alone["MASTER_PORT"] = str(probe.getsockname()[1])
     done = subprocess.run(
         worker, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, timeout=600
     )
@@ -208,83 +217,72 @@ def test_a_new_lambda_reuses_the_fine_tunings(finished: Path, tmp_path: Path) ->
     assert {row["scale"] for row in figures(run_dir)} == {0.5}
 
 
+CHECKPOINT = "checkpoints/*/complete.json"
+"""Written last: where it is about to be, a training is amid its steps."""
+
+
 def test_killed_in_each_stage_it_ends_with_the_same_figures(
-    finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+    finished: Path, tmp_path: Path, begin: Begin
 ) -> None:
     run_dir = tmp_path / "quickstart"
-    for stage in ("facts", "model", "teach", "evaluate", "tune_old", "forget", "learn", "report"):
-        process = start(tmp_path)
-        wait_for(partial(has, run_dir, f"{stage}-*/rank0.log"), process, stage)
-        if stage in ("teach", "tune_old", "learn"):  # amid the training, with a checkpoint to go on from
-            checkpoints = f"{stage}-*/checkpoints/*"
-            wait_for(partial(has, run_dir, checkpoints), process, f"a checkpoint of {stage}")
+    moments = {
+        "facts": ("manifest.json", 1),
+        "model": ("manifest.json", 1),
+        "teach": (CHECKPOINT, 2),
+        "evaluate": ("records-rank0.jsonl", 1),
+        "tune_old": (CHECKPOINT, 2),
+        "forget": ("model/*.safetensors", 1),
+        "learn": (CHECKPOINT, 2),
+        "report": ("manifest.json", 1),
+    }
+    for stage, (file, number) in moments.items():
+        process, _ = begin(f"{stage}-*/{file}", number)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        wait_until(lambda: not RunFolder(run_dir).is_alive(), "the end of the ranks, which die with it")
         assert not (run_dir / "results.json").exists()
-    done = flearn(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert figures(run_dir) == figures(finished)
+    ends_as_undisturbed(tmp_path, finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_goes_on(
-    number: signal.Signals, finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_asked_to_stop_it_saves_and_goes_on(finished: Path, tmp_path: Path, begin: Begin) -> None:
+    """In a training, while one rank works and the other waits, and in a training again."""
     run_dir = tmp_path / "quickstart"
-    process = start(tmp_path)
-    wait_for(lambda: any(run_dir.glob("teach-*/steps.jsonl")), process, "the first step")
-    os.killpg(process.pid, number)  # as a terminal does: to every process of the group
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, output
-    assert "the same command goes on from there" in output
-    assert any(run_dir.glob("teach-*/checkpoints/*"))
-    done = flearn(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert figures(run_dir) == figures(finished)
+    for stage, number, file in (
+        ("teach", signal.SIGINT, CHECKPOINT),
+        ("forget", signal.SIGTERM, "rank0.log"),
+        ("learn", signal.SIGTERM, CHECKPOINT),
+    ):
+        process, _ = begin(f"{stage}-*/{file}")
+        os.killpg(process.pid, number)  # as a terminal does: to every process of the group
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 128 + number, output
+        assert "the same command goes on from there" in output
+        if stage == "forget":
+            assert "forget: stopped" in output
+        else:
+            assert any(run_dir.glob(f"{stage}-*/checkpoints/*")), output
+        assert not any(run_dir.glob(f"{stage}-*/manifest.json"))
+    ends_as_undisturbed(tmp_path, finished)
 
 
-def test_asked_to_stop_while_one_rank_works_and_the_other_waits(
-    finished: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
-    shutil.copytree(finished, tmp_path / "quickstart")
-    forget = next((tmp_path / "quickstart").glob("forget-*"))
-    shutil.rmtree(forget)
-    process = start(tmp_path)
-    wait_for(lambda: are_listening(children(process)), process, "both ranks")
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "forget: stopped" in output
-    assert not (forget / "manifest.json").exists()
-    done = flearn(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (forget / "manifest.json").exists() and figures(tmp_path / "quickstart") == figures(finished)
+def test_a_dead_rank_ends_the_others(begin: Begin) -> None:
+    process, halted = begin(f"teach-*/{CHECKPOINT}")
+    ranks = children(process)
+    assert halted in ranks, "rank 0, which would write the file"
+    (victim,) = set(ranks) - {halted}
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert "rank 1 was killed by signal 9 (SIGKILL)" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def are_listening(ranks: list[int]) -> bool:
-    """To signals, and not yet at work: they import torch after the first, which takes seconds."""
-    return len(ranks) == 2 and all("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks)
-
-
-def test_a_dead_rank_ends_the_others(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    process = start(tmp_path)
-    wait_for(lambda: any((tmp_path / "quickstart").glob("teach-*/steps.jsonl")), process, "the first step")
-    ranks = children(process)
-    victim = next(pid for pid in ranks if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-    os.kill(victim, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL, output
-    assert "rank 1 was killed by signal 9 (SIGKILL)" in output
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-
-
-def test_two_runs_in_one_folder(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    process = start(tmp_path)
-    wait_for(lambda: (tmp_path / "quickstart/plan.json").exists(), process, "the plan")
+def test_two_runs_in_one_folder(tmp_path: Path, begin: Begin) -> None:
+    begin("plan.json")
     second = flearn(tmp_path)
     assert second.returncode == 2
     assert second.stderr.count("\n") == 1
@@ -297,14 +295,12 @@ def test_a_full_disk_is_one_line_and_no_loss(finished: Path, tmp_path: Path) -> 
     runs.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(runs)], check=True)
     try:
-        done = flearn(runs)
+        done = flearn(runs, ONE_METHOD)
         assert done.returncode == 2, done.stdout + done.stderr
         lines = [line for line in done.stderr.splitlines() if line.startswith("flearn: ")]
         assert len(lines) == 1
         assert "free" in lines[0]
         subprocess.run(["mount", "-o", "remount,size=1g", str(runs)], check=True)
-        done = flearn(runs)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert figures(runs / "quickstart") == figures(finished)
+        ends_as_undisturbed(runs, finished)
     finally:
         subprocess.run(["umount", str(runs)], check=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from delta_models import tensor
+from halts import Halt, environment
 from safetensors.torch import load_file
 
 from pipeline.artifact import write_json
@@ -145,19 +145,13 @@ class World:
             inputs["first"] = str(self.models[f"other-{model}"])
         return {"kind": kind, "section": section, "inputs": inputs, "out": str(self.folder / name)}
 
-    def start(self, cases: list[dict[str, Any]], ranks: int) -> list[subprocess.Popen[bytes]]:
+    def start(self, cases: list[dict[str, Any]], ranks: int, *halts: Halt) -> list[subprocess.Popen[bytes]]:
         write_json(self.folder / "cases.json", cases)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        meeting = Path(tempfile.mkdtemp(dir=self.folder)) / "meeting"
+        common = os.environ | environment(*halts)
         # What the caller has first stays first: perhaps it is another DeepSpeed.
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "tests")]))
-        common = {
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "PYTHONPATH": path,
-        }
+        common["PYTHONPATH"] += os.pathsep.join(["", str(ROOT), str(ROOT / "tests")])
+        common |= {"WORLD_SIZE": str(ranks), "MEETING": str(meeting)}
         # No compiler: training on a CPU must not need one.
         common |= {
             "OMP_NUM_THREADS": "1",
@@ -168,9 +162,7 @@ class World:
         command = [sys.executable, str(WORKER), str(self.folder / "cases.json")]
         return [
             subprocess.Popen(
-                command,
-                env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stderr=subprocess.PIPE,
+                command, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE
             )
             for r in range(ranks)
         ]
@@ -454,18 +446,11 @@ def test_kill_and_resume_equals_an_undisturbed_run_exactly(world: World) -> None
         world.case("killed-bf16", "train", full(**LONG | {"precision": "bf16"}), 2),
         world.case("killed-lora", "train", lora(**LONG), 3),
     ]
-    for name, num_steps in [
-        ("killed-full", 10),
-        ("killed-bf16", 16),
-        ("killed-lora", 12),
-        ("killed-lora", 25),
-    ]:
-        processes = world.start(cases, ranks=2)
-        wait_for(world, name, num_steps, processes)
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-        assert not (world.folder / name / "training.json").exists()
+    # Each dies when a checkpoint is about to be complete, and goes on from the one before.
+    kill(world, cases, "killed-full", 2)
+    kill(world, cases, "killed-bf16", 2)
+    kill(world, cases, "killed-lora", 2)
+    kill(world, cases, "killed-lora", 3)
     world.run(cases, ranks=2)
     for kind in ("full", "bf16", "lora"):
         assert [strip(step) for step in world.steps(f"killed-{kind}")] == [
@@ -480,11 +465,15 @@ def test_kill_and_resume_equals_an_undisturbed_run_exactly(world: World) -> None
     assert adapter(world, "killed-lora") == adapter(world, "long-lora")
 
 
-def wait_for(world: World, name: str, num_steps: int, processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 300
-    while len(world.steps(name)) < num_steps:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.01)
+def kill(world: World, cases: list[dict[str, Any]], name: str, number: int) -> None:
+    """Kill both ranks when they have saved, but not yet completed, the `number`-th checkpoint of the case `name`."""
+    halt = Halt(world.folder / f"halt-{name}-{number}", f"*/{name}/checkpoints/*/complete.json", number)
+    processes = world.start(cases, 2, halt)
+    halt.wait(lambda: all(process.poll() is None for process in processes))
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert world.steps(name) and not (world.folder / name / "training.json").exists()
 
 
 def assert_same(world: World, name: str, other: str, kind: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,9 +74,6 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def run_ranks(world_size: int, out: Path, cases: dict[str, Any]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     program = [
         sys.executable,
         str(Path(__file__).with_name("make_zero_checkpoints.py")),
@@ -86,8 +82,6 @@ def run_ranks(world_size: int, out: Path, cases: dict[str, Any]) -> None:
     ]
     shared = os.environ | {
         "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
     ranks = []

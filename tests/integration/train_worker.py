@@ -1,7 +1,8 @@
 """One rank of a training test: runs cases in one process, as a real run does, and writes what came out.
 
-`python train_worker.py CASES.json`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. A
-case names a function of this file and its arguments; rank 0 writes each answer to `<out>/answer.json`.
+`python train_worker.py CASES.json`, with RANK, WORLD_SIZE, LOCAL_RANK and MEETING set: a file, not there yet, by
+which the ranks find each other (a free port may be taken by another process). A case names a function of this file
+and its arguments; rank 0 writes each answer to `<out>/answer.json`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from pipeline.weights.floats import as_tensor
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
+    meeting = f"file://{os.environ['MEETING']}"
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=world_size)
     context = Context(rank, world_size, rank, "cpu", dist.group.WORLD if world_size > 1 else None)
     for case in cases:
         out = Path(case["out"])

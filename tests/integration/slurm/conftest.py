@@ -1,4 +1,4 @@
-"""A cluster for each file of these tests, and what their chains are compared with."""
+"""A cluster for these tests, and what their chains are compared with."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dev_cluster import dev_cluster
 from slurm_chains import ZERO, run
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def cluster() -> Iterator[None]:
-    """A dev cluster of this file's own; our environment becomes that of its users."""
+    """A dev cluster; our environment becomes that of its users."""
     before = dict(os.environ)
     try:
         with dev_cluster() as env:

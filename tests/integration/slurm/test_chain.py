@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from dev_cluster import ROOT
+from halts import wait_until
 from slurm_chains import (
     ZERO,
     digests,
@@ -22,7 +23,6 @@ from slurm_chains import (
     slurm,
     status,
     status_text,
-    wait_until,
 )
 
 from launch.run_folder import RunFolder
@@ -36,13 +36,13 @@ def chains(tmp_path_factory: pytest.TempPathFactory, command: Path) -> dict[int,
 
     Each subtracts in three parts.
     """
-    os.environ["PATH"] = f"{command}:{os.environ['PATH']}"
+    path = f"{command}:{os.environ['PATH']}"
     found = {}
     for stage, deepspeed in ZERO.items():
         runs = tmp_path_factory.mktemp(f"zero{stage}")
         arguments = ["configs/quickstart.yaml", *settings(runs, *deepspeed, "cluster.forget_parts=3")]
         options = [f"--chdir={ROOT}", f"--output={runs}/submit.log"]
-        slurm("sbatch", *options, str(ROOT / "slurm/flearn_llama7b.sh"), *arguments)
+        slurm("sbatch", *options, str(ROOT / "slurm/flearn_llama7b.sh"), *arguments, PATH=path)
         found[stage] = runs / "quickstart"
     return found
 
@@ -53,7 +53,7 @@ def test_the_chain_gives_the_figures_of_a_run_here(
 ) -> None:
     run_dir, right = chains[stage], undisturbed(stage)
     what = f"{(run_dir.parent / 'submit.log').read_text()} {status_text(run_dir)}"
-    wait_until(lambda: (run_dir / "results.json").exists(), what, 600)
+    wait_until(lambda: (run_dir / "results.json").exists(), what)
     assert figures(run_dir) == figures(right)
     assert any(row["reliability"] for row in figures(run_dir))
     assert digests(run_dir) == digests(right)
@@ -99,7 +99,7 @@ def test_refused_is_one_line_and_leaves_nothing_in_the_queue(
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
     queue = ("squeue", "--noheader", "--format=%F")
-    wait_until(lambda: set(slurm(*queue).split()) <= set(before.split()), "an empty queue", 30)
+    wait_until(lambda: set(slurm(*queue).split()) <= set(before.split()), "an empty queue")
 
 
 def test_a_sweep_shares_what_it_can(tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import slurm_chains
 from dev_cluster import CLUSTER, ROOT
+from halts import Halt, environment, wait_until
 from slurm_chains import needs_slurm, slurm
 
 pytestmark = needs_slurm
@@ -32,12 +33,9 @@ def queue() -> str:
     return slurm("squeue", "--noheader")
 
 
-def is_empty() -> bool:
-    """Whether SLURM has no jobs. A job that has ended is in its queue for a moment more, completing."""
-    deadline = time.monotonic() + 30
-    while queue() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return not queue()
+def require_empty() -> None:
+    """Fail unless SLURM has no jobs. One that has ended is in its queue for a moment more, completing."""
+    wait_until(lambda: not queue(), "an empty queue")
 
 
 def findings(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]]:
@@ -56,7 +54,8 @@ def test_doctor_on_a_healthy_cluster(tmp_path: Path) -> None:
     assert f"{tmp_path} is the same on n1, n2" in found["shared folder"][1]
     assert found["signals"] == ("ok", "SIGUSR2 reached every rank")
     assert "a rank of" in found["teach"][1]
-    assert not list(tmp_path.iterdir()) and is_empty()
+    assert not list(tmp_path.iterdir())
+    require_empty()
 
 
 @pytest.mark.parametrize(
@@ -76,29 +75,31 @@ def test_doctor_names_what_is_wrong_with_a_site(tmp_path: Path, site: str, check
     assert done.returncode == 1, done.stdout + done.stderr
     failed = {check: found for check, (state, found) in findings(done).items() if state == "fail"}
     assert failed.keys() == {check} and said in failed[check], done.stdout
-    assert is_empty()
+    require_empty()
 
 
-def test_an_interrupted_doctor_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_doctor_leaves_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     runs_dir = tmp_path / "made" / "runs"
     arguments = words("doctor", *TWO_NODES, f"cluster.runs_dir={runs_dir}")
+    halt = Halt(tmp_path_factory.mktemp("halts") / "halt", str(runs_dir / ".doctor-*/rank0.json"))
     doctor = subprocess.Popen(
         [sys.executable, "-m", "launch", *arguments],
         cwd=ROOT,
+        env=os.environ | environment(halt),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         # A shell that runs these tests in the background has told them to ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 120
-    while not list(runs_dir.glob(".doctor-*/rank*.json")):
-        assert time.monotonic() < deadline and doctor.poll() is None
-        time.sleep(0.05)
+    halt.wait(lambda: doctor.poll() is None)
     assert " R " in queue()
     doctor.send_signal(signal.SIGINT)
-    assert doctor.wait(60) == 130, doctor.communicate()
-    assert not list(tmp_path.iterdir()) and is_empty()
+    assert doctor.wait(300) == 130, doctor.communicate()
+    assert not list(tmp_path.iterdir())
+    require_empty()
 
 
 def test_submitting_from_python(tmp_path: Path) -> None:
@@ -107,12 +108,16 @@ from launch import submit
 run = submit("configs/quickstart.yaml", {[*SMALL, f"cluster.runs_dir={tmp_path}"]!r})
 print(run.run_dir, *run.jobs)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    halt = Halt(tmp_path / "halt", str(tmp_path / "quickstart/facts-*/manifest.json"))
+    env = os.environ | environment(halt)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     run_dir, *steps = done.stdout.split()
     assert run_dir == str(tmp_path / "quickstart") and len(steps) == 11
-    assert len(queue().splitlines()) >= len(steps) - 1
+    halt.wait()
+    assert len(queue().splitlines()) == len(steps), "the first has not ended, and all others wait for it"
     subprocess.run([sys.executable, "-m", "launch", "cancel", run_dir], cwd=ROOT, check=True)
-    assert is_empty(), queue()
+    require_empty()
 
 
 @pytest.mark.parametrize(
@@ -126,13 +131,14 @@ print(run.run_dir, *run.jobs)
 def test_a_missing_folder_is_one_line(tmp_path: Path, override: str, said: str) -> None:
     for command in ("run", "doctor"):
         done = flearn(command, f"cluster.runs_dir={tmp_path}", override)
-        assert done.returncode == 2 and is_empty(), done.stdout + done.stderr
+        assert done.returncode == 2, done.stdout + done.stderr
+        require_empty()
         assert done.stderr.startswith("flearn: ") and done.stderr.count("\n") == 1
         assert said.removesuffix("/quickstart") in done.stderr
 
 
 def test_an_unreachable_controller_is_one_line(tmp_path: Path) -> None:
-    subprocess.run([str(CLUSTER), "down"], check=True, timeout=60)
+    subprocess.run([str(CLUSTER), "down"], check=True, timeout=300)
     try:
         done = flearn("run", f"cluster.runs_dir={tmp_path}")
         assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -140,4 +146,4 @@ def test_an_unreachable_controller_is_one_line(tmp_path: Path) -> None:
         done = flearn("doctor", f"cluster.runs_dir={tmp_path}")
         assert done.returncode == 1 and findings(done)["SLURM"][0] == "fail"
     finally:
-        subprocess.run([str(CLUSTER), "up"], check=True, timeout=60)
+        subprocess.run([str(CLUSTER), "up"], check=True, timeout=300)

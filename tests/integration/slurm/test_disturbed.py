@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from dev_cluster import CLUSTER
+from halts import Halt, wait_until
 from slurm_chains import (
     ZERO,
     copy_before,
@@ -27,7 +28,6 @@ from slurm_chains import (
     slurm,
     status,
     status_text,
-    wait_until,
 )
 
 from launch.run_folder import RunFolder
@@ -36,15 +36,18 @@ pytestmark = needs_slurm
 
 
 class Disturbed:
-    """A chain whose `learn` is at work, with a few steps done."""
+    """A chain whose `learn` has halted on rank 0, at its second checkpoint; rank 1 waits for it."""
 
     def __init__(self, reference: Path, runs: Path, site: Path, *site_lines: str) -> None:
         self.runs, self.reference, self.run_dir = runs, reference, runs / "quickstart"
         site.write_text("\n".join(site_lines) + "\n")
         self.overrides = [*ZERO[2], f"cluster.site={site}"]
         copy_before("learn", reference, self.run_dir)
-        self.submit()
-        wait_until(lambda: num_steps(runs) > 12, "some steps")
+        halt = Halt(runs / "halt", str(self.run_dir / "learn-*/checkpoints/*/complete.json"), number=2)
+        run(runs, "slurm", *self.overrides, halts=[halt])
+        halt.wait()
+        self.let_go = halt.let_go
+        """Let rank 0 go on. It also does when a signal reaches it."""
 
     def submit(self) -> None:
         run(self.runs, "slurm", *self.overrides)
@@ -58,10 +61,10 @@ class Disturbed:
         variables["SLURM_JOB_ID"] = self.job
         return find_process({f"{name}={value}".encode() for name, value in variables.items()})
 
-    def freeze(self) -> None:
-        """Hold all ranks until SLURM's warning wakes them: the training must not end before it comes."""
-        for rank in (0, 1):
-            os.kill(self.pid(SLURM_PROCID=str(rank)), signal.SIGSTOP)
+    def warn_rank_1(self) -> None:
+        """Send the warning to rank 1 alone, and let rank 0 go on."""
+        os.kill(self.pid(SLURM_PROCID="1"), signal.SIGUSR2)
+        self.let_go()
 
     def state(self) -> str:
         return slurm("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self.job}").strip()
@@ -99,7 +102,6 @@ def test_requeued_by_an_operator(disturb: Callable[..., Disturbed]) -> None:
 
 def test_preempted_by_a_job_of_higher_priority(disturb: Callable[..., Disturbed]) -> None:
     chain = disturb("partition: low")
-    chain.freeze()
     slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     chain.ends_as_undisturbed()
     assert chain.num_requeues() == 1
@@ -107,7 +109,6 @@ def test_preempted_by_a_job_of_higher_priority(disturb: Callable[..., Disturbed]
 
 def test_time_limit(disturb: Callable[..., Disturbed]) -> None:
     chain = disturb()
-    chain.freeze()
     slurm("scontrol", "update", f"jobid={chain.job}", "timelimit=2")  # minutes: the job is warned at once
     wait_until(lambda: chain.num_requeues() == 1, "its requeue")
     chain.ends_as_undisturbed()
@@ -115,8 +116,8 @@ def test_time_limit(disturb: Callable[..., Disturbed]) -> None:
 
 def test_a_warning_to_one_rank_only(disturb: Callable[..., Disturbed]) -> None:
     chain = disturb()
-    os.kill(chain.pid(SLURM_PROCID="1"), signal.SIGUSR2)
-    wait_until(lambda: chain.num_requeues() == 1, "its requeue", 60)
+    chain.warn_rank_1()
+    wait_until(lambda: chain.num_requeues() == 1, "its requeue")
     chain.ends_as_undisturbed()
 
 
@@ -130,19 +131,20 @@ def test_daemons_killed_and_restarted(disturb: Callable[..., Disturbed]) -> None
     assert refused.returncode == 2
     assert refused.stderr.startswith("flearn: SLURM's controller does not answer")
     assert refused.stderr.count("\n") == 1
-    subprocess.run([str(CLUSTER), "up"], check=True, timeout=60)
+    subprocess.run([str(CLUSTER), "up"], check=True, timeout=300)
+    chain.let_go()
     chain.ends_as_undisturbed()
 
 
 def test_a_killed_rank_ends_its_step_and_the_same_command_goes_on(disturb: Callable[..., Disturbed]) -> None:
     chain = disturb()
     os.kill(chain.pid(SLURM_PROCID="1"), signal.SIGKILL)
-    wait_until(lambda: chain.state() == "FAILED", "the end of the job", 60)
+    wait_until(lambda: chain.state() == "FAILED", "the end of the job")
     found = status(chain.run_dir)
     assert found["learn"]["state"] == "failed"
     note = found["learn"]["note"]
     assert re.search(r"rank 1 on n\d: Killed \(see .*/jobs/\d+_0_log.err\)", note), note
-    wait_until(lambda: status(chain.run_dir)["report"]["state"] == "cancelled", "the cancelled rest", 30)
+    wait_until(lambda: status(chain.run_dir)["report"]["state"] == "cancelled", "the cancelled rest")
     logs = flearn("logs", str(chain.run_dir), "learn").stdout
     assert "flearn: attempt 1 on n[1-2]" in logs and "Killed" in logs
     chain.submit()
@@ -163,8 +165,8 @@ def test_a_job_that_cannot_come_back_says_so_and_the_same_command_goes_on(
         (tmp_path / "bin/srun").symlink_to(str(shutil.which("srun")))
         chain = disturb(f"setup: ['export PATH={tmp_path}/bin']")
         said = "there is no scontrol in this container: run the same command again"
-    os.kill(chain.pid(SLURM_PROCID="1"), signal.SIGUSR2)
-    wait_until(lambda: chain.state() == "FAILED", "the end of the job", 60)
+    chain.warn_rank_1()
+    wait_until(lambda: chain.state() == "FAILED", "the end of the job")
     found = status(chain.run_dir)["learn"]
     assert found["state"] == "failed" and said in found["note"], found
     steps = num_steps(chain.runs)
@@ -180,17 +182,14 @@ def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(
     run_dir = tmp_path / "quickstart"
     copy_before("forget", undisturbed(2), run_dir)
     overrides = [*ZERO[2], "cluster.forget_parts=3"]
-    run(tmp_path, "slurm", *overrides)
+    # Where a part begins its log: it hears signals, and is not yet at work.
+    log = str(run_dir / "forget-*/rank0.log")
+    killed, warned = (Halt(tmp_path / f"halt-{part}", log, SLURM_ARRAY_TASK_ID=part) for part in ("1", "2"))
+    run(tmp_path, "slurm", *overrides, halts=[killed, warned])
     forget, job = job_of(run_dir, "forget")
-
-    def part(index: int) -> int:
-        """Its process."""
-        return find_process({f"SLURM_ARRAY_JOB_ID={job}".encode(), f"SLURM_ARRAY_TASK_ID={index}".encode()})
-
-    os.kill(wait_until(lambda: part(1), "the second part"), signal.SIGKILL)
-    warned = wait_until(lambda: is_listening(part(2)) and part(2), "the third part")
-    os.kill(warned, signal.SIGUSR2)
-    wait_until(lambda: status(run_dir)["forget"]["state"] == "failed", "the end of all parts", 60)
+    os.kill(killed.wait(), signal.SIGKILL)
+    os.kill(warned.wait(), signal.SIGUSR2)
+    wait_until(lambda: status(run_dir)["forget"]["state"] == "failed", "the end of all parts")
     assert "Killed" in status(run_dir)["forget"]["note"]
     assert "Restarts=1" in slurm("scontrol", "show", "job", f"{job}_2")
     done = sorted(path.name for path in (run_dir / forget).glob("part-*"))
@@ -203,8 +202,3 @@ def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(
     assert digests(run_dir) == digests(undisturbed(2))
     jobs = slurm("sacct", "--noheader", "--allocations", "--format=JobID", f"--jobs={again}")
     assert jobs.split() == [again]  # no array: one part was left
-
-
-def is_listening(pid: int) -> bool:
-    """Whether a job's process hears signals and is not yet at work: importing torch takes seconds."""
-    return pid != 0 and "libtorch" in Path(f"/proc/{pid}/maps").read_text()

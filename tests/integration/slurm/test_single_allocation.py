@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 from dev_cluster import ROOT
-from slurm_chains import ZERO, copy_before, figures, needs_slurm, num_steps, settings, slurm, wait_until
+from halts import Halt, environment, wait_until
+from slurm_chains import ZERO, copy_before, figures, needs_slurm, settings, slurm
 
 pytestmark = needs_slurm
 
 
 @pytest.fixture
-def job(
-    command: Path, undisturbed: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """Its number, once its `learn` is at work."""
+def job(command: Path, undisturbed: Callable[[int], Path], tmp_path: Path) -> str:
+    """Its number, once its `learn` has halted on rank 0, amid its steps."""
     copy_before("learn", undisturbed(2), tmp_path / "quickstart")
+    halt = Halt(tmp_path / "halt", str(tmp_path / "quickstart/learn-*/checkpoints/*/complete.json"))
     shape = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--signal=USR2@120"]
     options = ["--parsable", f"--chdir={ROOT}", f"--output={tmp_path}/log", *shape]
     arguments = ["configs/quickstart.yaml", *settings(tmp_path, *ZERO[2])]
-    monkeypatch.setenv("PATH", f"{command}:{os.environ['PATH']}")
-    job = slurm("sbatch", *options, str(ROOT / "slurm/single_allocation.sh"), *arguments).strip()
-    wait_until(lambda: num_steps(tmp_path) > 12, "some steps")
+    env = environment(halt) | {"PATH": f"{command}:{os.environ['PATH']}"}
+    job = slurm("sbatch", *options, str(ROOT / "slurm/single_allocation.sh"), *arguments, **env).strip()
+    halt.wait()
     return job
 
 
@@ -41,5 +41,5 @@ def test_a_warned_job_comes_back_and_ends_as_undisturbed(
 def test_a_cancelled_job_stays_away(job: str) -> None:
     slurm("scancel", job)
     states = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
-    wait_until(lambda: slurm(*states).strip() not in ("RUNNING", "COMPLETING"), "the job's end", 60)
+    wait_until(lambda: slurm(*states).strip() not in ("RUNNING", "COMPLETING"), "the job's end")
     assert slurm(*states).strip() == "CANCELLED"
