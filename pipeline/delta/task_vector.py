@@ -198,8 +198,8 @@ def _product(adapter: Adapter, module: str, factors: Factors, target: TensorInfo
 def open_vector(path: Path | str, base: TensorSource, io: Io = "buffered") -> TaskVector:
     """The task vector of what lies at `path`: an adapter on `base`, or a fine-tuned `base`.
 
-    `io` says how a model's files are read. Raises InputError for what is nothing of the kind, or does not fit.
-    """
+    `io` says how a model's files are read. Raises InputError for what is nothing of the kind, or does not
+    fit."""
     path = Path(path)
     if is_adapter(path):
         return LowRank(base, path)

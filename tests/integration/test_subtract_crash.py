@@ -232,8 +232,10 @@ def test_a_full_disk_is_one_line_and_more_room_is_enough(
         )
         assert "are needed" in done.stderr
     else:
-        blind = "import shutil, sys, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=1 << 40); "
-        blind += f"from launch.cli import main; sys.exit(main({command(models, small_disk / 'out', '--memory', '20MiB')[3:]}))"
+        blind = "import shutil, sys, types; free = types.SimpleNamespace(free=1 << 40);"
+        blind += "shutil.disk_usage = lambda path: free; "
+        words = command(models, small_disk / "out", "--memory", "20MiB")[3:]
+        blind += f"from launch.cli import main; sys.exit(main({words}))"
         (small_disk / "other").write_bytes(b"x" * 600_000)
         done = subprocess.run(
             [sys.executable, "-c", blind], cwd=ROOT, env=SETTINGS, capture_output=True, text=True

@@ -212,7 +212,8 @@ def _stored(model: Artifact) -> dict[str, torch.Tensor]:
 
 
 def virtual_masters(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
-    """Fill one session with several virtual models, straight from a ZeRO checkpoint; the counts for each scale.
+    """Fill one session with several virtual models, straight from a ZeRO checkpoint; the counts for each
+    scale.
 
     The checkpoint is that of an earlier case. What theta' has to be comes from DeepSpeed's own consolidation.
     """

@@ -218,8 +218,8 @@ def test_inputs_that_have_gone_are_noted_and_the_rest_is_checked(out: Path, tmp_
     verdict = verify(out)
     assert verdict.is_good
     assert (
-        verdict.summary
-        == f"as it was written; not compared with its inputs: the tuned model {tmp_path / 'tuned'} is not there"
+        verdict.summary == "as it was written; not compared with its inputs:"
+        f" the tuned model {tmp_path / 'tuned'} is not there"
     )
     shutil.rmtree(tmp_path / "base")
     assert f"the base model {tmp_path / 'base'} is not there, the tuned model" in verify(out).summary
@@ -300,8 +300,8 @@ def test_an_unfinished_results_shards_are_checked(tmp_path: Path, monkeypatch: p
     verdict = verify(tmp_path / "out")
     assert verdict.problems == [] and not verdict.is_good
     assert (
-        verdict.summary
-        == "not finished, 3 shards are done and as they were written; run the same command again, it goes on from there"
+        verdict.summary == "not finished, 3 shards are done and as they were written;"
+        " run the same command again, it goes on from there"
     )
     path = next((tmp_path / "out").glob("model-00001*"))
     content = bytearray(path.read_bytes())

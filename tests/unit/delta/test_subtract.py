@@ -180,10 +180,11 @@ def test_a_finished_result_that_lost_or_changed_a_file_is_refused(tmp_path: Path
     (tmp_path / "out/model.safetensors.index.json").unlink()
     with pytest.raises(InputError) as caught:
         subtract(base, tuned, 0.3, tmp_path / "out", max_shard_size=SHARD)
-    lost = f"{one} is missing, {two} has another size or header, {three} has another size or header, model.safetensors.index.json is missing"
+    changed = f"{two} has another size or header, {three} has another size or header"
+    lost = f"{one} is missing, {changed}, model.safetensors.index.json is missing"
     assert (
-        str(caught.value)
-        == f"{tmp_path}/out: was finished, but {lost}; restore what is lost, or delete {tmp_path}/out and run again"
+        str(caught.value) == f"{tmp_path}/out: was finished, but {lost};"
+        f" restore what is lost, or delete {tmp_path}/out and run again"
     )
     for name, content in right.items():
         (tmp_path / "out" / name).write_bytes(content)

@@ -120,7 +120,7 @@ def test_a_tuned_model_that_changed_where_digests_do_not_look_is_refused(
     change_unseen(tuned)
     with pytest.raises(
         InputError,
-        match=f"tuned: {LARGE} has other values.*; delete {tmp_path / 'back'} before trying with other inputs",
+        match=f"tuned: {LARGE} has other values.*; delete {tmp_path / 'back'} before trying",
     ):
         undo(tmp_path / "out", tmp_path / "back")
     assert (
