@@ -23,7 +23,8 @@ needs_slurm = [
     pytest.mark.skipif(os.geteuid() != 0, reason="naming the virtual nodes in /etc/hosts needs root"),
 ]
 
-# The quickstart with one method, few facts, and fine-tunings with a few checkpoints, at which they are disturbed.
+# The quickstart with one method, few facts, and fine-tunings with a few checkpoints, at which they are
+# disturbed.
 SMALL = [
     "facts.limit=12",
     "methods=[flearn_ft]",

@@ -1,8 +1,8 @@
 """One rank of an evaluation: `evaluate_worker.py FOLDER OUT`, with RANK, WORLD_SIZE and MEETING set.
 
-MEETING is a file, not there yet, by which the ranks find each other: a free port may be taken by another process.
-FOLDER holds the artifacts `model` and `facts`. Exit 0: done; 3: asked to stop. Rank 0 writes OUT/result.json.
-"""
+MEETING is a file, not there yet, by which the ranks find each other: a free port may be taken by another
+process. FOLDER holds the artifacts `model` and `facts`. Exit 0: done; 3: asked to stop. Rank 0 writes
+OUT/result.json."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Kills `subtract` at a chosen moment, as often as asked. Each trial is a fork, so that Python starts but once.
+"""Kills `subtract` at a chosen moment, as often as asked. Each trial is a fork, so that Python starts but
+once.
 
     python kill_subtract.py '{"base": ..., "tuned": ..., "part": [0, 1]}' OUT CALL WHEN [OUT CALL WHEN ...]
 
-CALL is a number among the system calls that change a file (0: the trial lives), or among those of a name, as in
-`pwrite:3`. The trial dies by SIGKILL before, after, or within that call: within a pwrite, or the fsync of a file,
-when half of the bytes are written. Or late: before it, once other threads have made twelve more calls.
-It prints a JSON line for each: how it ended, and the calls it made.
-"""
+CALL is a number among the system calls that change a file (0: the trial lives), or among those of a name, as
+in `pwrite:3`. The trial dies by SIGKILL before, after, or within that call: within a pwrite, or the fsync of
+a file, when half of the bytes are written. Or late: before it, once other threads have made twelve more
+calls. It prints a JSON line for each: how it ended, and the calls it made."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ CHANGING = (
 stream.CHUNK_BYTES = 1 << 16
 
 AHEAD = 12
-"""Calls by which other threads are ahead of a thread that is killed late: they are at work on later shards."""
+"""Calls by which other threads are ahead of a thread that is killed late: they are at work on later
+shards."""
 
 _truncate = os.ftruncate
 

@@ -62,11 +62,11 @@ Begin = Callable[..., "tuple[subprocess.Popen[str], int]"]
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Begin]:
-    """`begin(pattern, number)`: a run in `tmp_path` up to where it writes such a file for the `number`-th time.
+    """`begin(pattern, number)`: a run in `tmp_path` up to where it writes such a file for the `number`-th
+    time.
 
-    Returns the command's process, the leader of a group of its own, and the id of the process that has halted.
-    Whatever is left of the group is killed after the test.
-    """
+    Returns the command's process, the leader of a group of its own, and the id of the process that has
+    halted. Whatever is left of the group is killed after the test."""
     begun: list[subprocess.Popen[str]] = []
 
     def _begin(pattern: str, number: int = 1) -> tuple[subprocess.Popen[str], int]:

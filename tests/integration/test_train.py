@@ -466,7 +466,8 @@ def test_kill_and_resume_equals_an_undisturbed_run_exactly(world: World) -> None
 
 
 def kill(world: World, cases: list[dict[str, Any]], name: str, number: int) -> None:
-    """Kill both ranks when they have saved, but not yet completed, the `number`-th checkpoint of the case `name`."""
+    """Kill both ranks when they have saved, but not yet completed, the `number`-th checkpoint of the case
+    `name`."""
     halt = Halt(world.folder / f"halt-{name}-{number}", f"*/{name}/checkpoints/*/complete.json", number)
     processes = world.start(cases, 2, halt)
     halt.wait(lambda: all(process.poll() is None for process in processes))

@@ -1,9 +1,8 @@
 """One rank of a training test: runs cases in one process, as a real run does, and writes what came out.
 
-`python train_worker.py CASES.json`, with RANK, WORLD_SIZE, LOCAL_RANK and MEETING set: a file, not there yet, by
-which the ranks find each other (a free port may be taken by another process). A case names a function of this file
-and its arguments; rank 0 writes each answer to `<out>/answer.json`.
-"""
+`python train_worker.py CASES.json`, with RANK, WORLD_SIZE, LOCAL_RANK and MEETING set: a file, not there yet,
+by which the ranks find each other (a free port may be taken by another process). A case names a function of
+this file and its arguments; rank 0 writes each answer to `<out>/answer.json`."""
 
 from __future__ import annotations
 
