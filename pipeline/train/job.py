@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pipeline.train import checkpoint
 from pipeline.train.course import Course, training_records
 from pipeline.train.deepspeed_config import MONITOR_PACKAGES, Ready, make_ready
 from pipeline.train.lora import add_adapter, lora_config
-from pipeline.train.model import num_positions, skeleton
+from pipeline.train.model import architecture, num_positions, skeleton
 from pipeline.training_config import LoraTraining, Training, read_training
 
 if TYPE_CHECKING:
@@ -50,6 +51,21 @@ class Job:
     def folder(self) -> Path:
         """The Hugging Face folder with the model's config and tokenizer."""
         return self.base.model_folder
+
+    @cached_property
+    def engine_settings(self) -> tuple[object, ...]:
+        """All that is built into the model and its engine, to be compared; the rest comes with the course."""
+        built_in = {
+            "kind",
+            "precision",
+            "gradient_checkpointing",
+            "rank",
+            "alpha",
+            "dropout",
+            "target_modules",
+        }
+        training = self.training.model_dump(include=built_in)
+        return architecture(self.folder), training, self.ready.config, self.ready.adam
 
     def disk_bytes(self, num_saved: int) -> int:
         """Bytes still to be written while old ones remain, given `num_saved` complete checkpoints.

@@ -17,7 +17,7 @@ from pipeline.train.job import Job
 from pipeline.train.loop import train
 from pipeline.train.lora import InitialAdapter, add_adapter
 from pipeline.train.masters import Binding
-from pipeline.train.model import Places, architecture, build, skeleton
+from pipeline.train.model import Places, build, skeleton
 from pipeline.train.step_log import StepLog
 from pipeline.train.zero_engine import ZeroEngine, free_memory, partitioned_models, process_state
 from pipeline.weights.source import TensorSource
@@ -38,7 +38,7 @@ class Session:
 
     def __init__(self, job: Job, context: Context) -> None:
         self._context = context
-        self._settings = _engine_settings(job)
+        self._settings = job.engine_settings
         plain = skeleton(job.folder)
         with ExitStack() as stack:
             stack.enter_context(process_state(job.ready))
@@ -65,7 +65,7 @@ class Session:
     def fits(self, job: Job) -> bool:
         """Whether `job` would build the same engine around the same model."""
         # A monitor takes an engine for one run: a second course would go on where the first curve ended.
-        return not job.ready.has_monitor and self._settings == _engine_settings(job)
+        return not job.ready.has_monitor and self._settings == job.engine_settings
 
     def fill(self, source: TensorSource, seed: int) -> None:
         """Take all weights from `source`, and LoRA's first matrices from `seed`.
@@ -123,15 +123,11 @@ class Session:
         self.close()
 
 
-def _engine_settings(job: Job) -> tuple[object, ...]:
-    """All of `job` that is built into the model and its engine; the rest comes with its course."""
-    built_in = {"kind", "precision", "gradient_checkpointing", "rank", "alpha", "dropout", "target_modules"}
-    training = job.training.model_dump(include=built_in)
-    return architecture(job.folder), training, job.ready.config, job.ready.adam
-
-
 class Handover:
-    """Passes one live session from a training step to the next. Close it before others need the memory."""
+    """Passes one live session from a training step to the next. Close it before others need the memory.
+
+    `flearn run` has no use for it: an evaluation, which wants the memory, lies between two fine-tunings.
+    """
 
     def __init__(self) -> None:
         self._session: Session | None = None

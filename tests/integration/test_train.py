@@ -228,8 +228,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         two += [
             world.case(f"second-full-{stage}", "second_course", full("bf16", **SAVING), stage),
             world.case(f"second-lora-{stage}", "second_course", lora("bf16", **SAVING), stage),
-            world.case(f"resumed-{stage}", "stop_early", full("bf16"), stage),
-            world.case(f"resumed-{stage}", "second_course", full("bf16"), stage),
+            world.case(f"resumed-{stage}", "resumed_between", full("bf16", **SAVING), stage),
         ]
         virtual = world.case(f"virtual-{stage}", "virtual_masters", full("bf16"), stage)
         virtual["section"]["tuned"] = f"tune-old-{stage}"
@@ -418,9 +417,13 @@ def test_a_second_course_in_a_session_equals_one_in_a_new_engine(world: World, k
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_checkpoint_is_gone_on_from_in_a_used_session(world: World, stage: int) -> None:
-    assert world.answer(f"resumed-{stage}")["num_sessions"] == 1
-    assert_same(world, f"resumed-{stage}", f"full-bf16-{stage}", "full")
+def test_a_used_session_resumes_and_serves_again(world: World, stage: int) -> None:
+    resumed, alone = f"resumed-{stage}", f"full-bf16-{stage}"
+    answer = world.answer(resumed)
+    assert answer["num_sessions"] == 2, "the stop closes the first"
+    assert answer["saves"] == world.answer(alone)["saves"]
+    for name in (resumed, f"{resumed}/again"):
+        assert_same(world, name, alone, "full")
 
 
 def test_a_session_that_does_not_fit_or_broke_off_is_closed_and_a_new_one_opened(world: World) -> None:

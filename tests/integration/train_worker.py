@@ -117,6 +117,17 @@ def second_course(section: dict[str, Any], inputs: dict[str, Artifact], out: Pat
     return answer | {"num_sessions": len(sessions)} | _left_behind()
 
 
+def resumed_between(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
+    """A stopped training goes on in a used session, which then serves for the same one from its start."""
+    first = section | {"seed": 9, "target": "old"}
+    with Handover() as handover, _opened() as sessions:
+        stop_early(section, inputs, out, context, handover)
+        stage.run(first, inputs, _folder(out, "first"), context, handover)
+        stage.run(section, inputs, out, context, handover)
+        answer = train(section, inputs, _folder(out, "again"), context, handover)
+    return answer | {"num_sessions": len(sessions)}
+
+
 def after_misfits(section: dict[str, Any], inputs: dict[str, Artifact], out: Path, context: Context) -> Any:
     """The training after one of another kind, and after one that was stopped: neither's session serves."""
     training = section["training"]
@@ -276,6 +287,7 @@ _CASES = {
     "masters": masters,
     "virtual_masters": virtual_masters,
     "second_course": second_course,
+    "resumed_between": resumed_between,
     "after_misfits": after_misfits,
     "interrupted_result": interrupted_result,
 }

@@ -109,6 +109,7 @@ def test_monitors_stay() -> None:
     }
     made = ready({"zero_optimization": {"stage": 1}, **monitors, "tensorboard": {"output_path": None}})
     assert {name: made.config[name] for name in monitors} == monitors
+    assert made.has_monitor and not ready({"zero_optimization": {"stage": 1}, "wandb": {}}).has_monitor
     assert made.config["tensorboard"] == {}
 
 

@@ -16,6 +16,7 @@ from pipeline.errors import InputError
 from pipeline.facts.fact import Fact, write_facts
 from pipeline.train import stage
 from pipeline.train.job import Job, plan_job
+from pipeline.train.model import architecture
 from pipeline.training_config import FullTraining, LoraTraining, Training
 
 FACTS = [Fact(str(i), f"What is number {i}?", "x", [f"old {i}"], f"new {i}") for i in range(7)]
@@ -72,6 +73,35 @@ def test_full_and_lora(plan: Any) -> None:
     assert lora.num_parameters == full.num_parameters + lora.num_trained
     assert full.described()["num_steps"] == 4 and full.described()["num_records"] == 7
     assert full.described()["batch"] == {"global": 4, "micro": 4, "accumulation": 1, "ranks": 1}
+
+
+def test_jobs_that_one_engine_serves(plan: Any, tiny_model: Any) -> None:
+    one = plan(FullTraining(batch_size=4))
+    assert plan(FullTraining(batch_size=4, lr=1.0, epochs=9, warmup_ratio=0.5), "old").engine_settings == (
+        one.engine_settings
+    )
+    others: list[dict[str, Any]] = [
+        {"batch_size": 5},
+        {"precision": "fp32"},
+        {"weight_decay": 0.1},
+        {"max_grad_norm": 2.0},
+        {"gradient_checkpointing": True},
+        {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    ]
+    for other in others:
+        assert plan(FullTraining(**{"batch_size": 4} | other)).engine_settings != one.engine_settings, other
+    lora = plan(LoraTraining(batch_size=4))
+    assert lora.engine_settings not in (
+        one.engine_settings,
+        plan(LoraTraining(batch_size=4, rank=2)).engine_settings,
+    )
+
+
+def test_the_same_model_in_another_folder_is_the_same_model(tiny_model: Any) -> None:
+    assert tiny_model("llama") != tiny_model("llama", seed=1)
+    assert architecture(tiny_model("llama")) == architecture(tiny_model("llama", seed=1))
+    assert architecture(tiny_model("llama")) != architecture(tiny_model("llama", num_layers=3))
+    assert architecture(tiny_model("llama")) != architecture(tiny_model("gpt2"))
 
 
 def test_disk_is_two_checkpoints_only_where_there_are_several(plan: Any) -> None:
