@@ -1,10 +1,9 @@
-"""Halts a process at a chosen point: Python imports this module at its start wherever this folder is on its
-path.
+"""Halts a process at a chosen point. Python imports this at its start where the folder is on its path.
 
 FLEARN_HALTS is a JSON list of points; see `tests/halts.py`, which sets it. A point is the n-th time that the
-process is about to write a file of a certain name: to open it for writing, or to rename another to that name.
-Of all processes the first to come there halts: until a signal comes for which it has a handler, or it is let
-go."""
+process is about to write a file of a certain name: to open it for writing, or to rename another to that
+name. Of all processes the first to come there halts: until it hears a signal, or until it is let go.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +49,7 @@ def written(event: str, arguments: tuple[Any, ...]) -> str | None:
 
 
 def halt(folder: str) -> None:
-    """Say that this process is here, and wait. The audit event is told before the deed, so that is yet to
-    come."""
+    """Say that this process is here, and wait. Audit events come before the deed: the file is unwritten."""
     with woken_by_signals() as heard:
         try:
             here = os.open(f"{folder}/here", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -66,8 +64,7 @@ def halt(folder: str) -> None:
 
 @contextmanager
 def woken_by_signals() -> Iterator[int]:
-    """A descriptor that can be read as soon as a signal has come; in the main thread, which alone hears
-    them."""
+    """A descriptor that can be read once a signal has come. Only the main thread hears signals."""
     heard, hears = os.pipe()
     os.set_blocking(hears, False)
     is_main = threading.current_thread() is threading.main_thread()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from dev_cluster import dev_cluster
-from slurm_chains import ZERO, run
+from slurm_chains import METHODS, run
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -36,6 +35,6 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """`undisturbed(2)`: the folder of a run here with ZeRO-2, made when it is first asked for."""
-    return cache(lambda stage: run(tmp_path_factory.mktemp(f"here{stage}"), "here", *ZERO[stage]))
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run as processes of this machine."""
+    return run(tmp_path_factory.mktemp("here"), "here", METHODS)

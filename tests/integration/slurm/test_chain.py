@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from dev_cluster import ROOT
-from halts import wait_until
+from halts import Halt, wait_until
 from slurm_chains import (
-    ZERO,
-    digests,
-    figures,
+    METHODS,
+    ONE_METHOD,
+    copy_before,
     flearn,
     in_queue,
     needs_slurm,
+    require_same,
     run,
     settings,
     slurm,
     status,
-    status_text,
 )
 
 from launch.run_folder import RunFolder
@@ -30,47 +29,34 @@ from launch.run_folder import RunFolder
 pytestmark = needs_slurm
 
 
-@pytest.fixture(scope="module")
-def chains(tmp_path_factory: pytest.TempPathFactory, command: Path) -> dict[int, Path]:
-    """The whole run by `sbatch slurm/flearn_llama7b.sh`, with ZeRO-2 and ZeRO-3 side by side.
-
-    Each subtracts in three parts.
-    """
-    path = f"{command}:{os.environ['PATH']}"
-    found = {}
-    for stage, deepspeed in ZERO.items():
-        runs = tmp_path_factory.mktemp(f"zero{stage}")
-        arguments = ["configs/quickstart.yaml", *settings(runs, *deepspeed, "cluster.forget_parts=3")]
-        options = [f"--chdir={ROOT}", f"--output={runs}/submit.log"]
-        slurm("sbatch", *options, str(ROOT / "slurm/flearn_llama7b.sh"), *arguments, PATH=path)
-        found[stage] = runs / "quickstart"
-    return found
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_chain_gives_the_figures_of_a_run_here(
-    chains: dict[int, Path], undisturbed: Callable[[int], Path], stage: int
+def test_the_chain_gives_the_models_and_figures_of_a_run_here(
+    command: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run_dir, right = chains[stage], undisturbed(stage)
-    what = f"{(run_dir.parent / 'submit.log').read_text()} {status_text(run_dir)}"
-    wait_until(lambda: (run_dir / "results.json").exists(), what)
-    assert figures(run_dir) == figures(right)
-    assert any(row["reliability"] for row in figures(run_dir))
-    assert digests(run_dir) == digests(right)
-    assert len(list(run_dir.glob("forget-*/part-?-of-3.json"))) == 3 * len(digests(run_dir))
+    """All of it by `sbatch slurm/flearn_llama7b.sh`, each subtraction in three parts."""
+    run_dir, log = tmp_path / "quickstart", tmp_path / "submit.log"
+    arguments = ["configs/quickstart.yaml", *settings(tmp_path, METHODS, "cluster.forget_parts=3")]
+    options = [f"--chdir={ROOT}", f"--output={log}"]
+    path = f"{command}:{os.environ['PATH']}"
+    slurm("sbatch", *options, str(ROOT / "slurm/flearn_llama7b.sh"), *arguments, PATH=path)
+    wait_until(lambda: (run_dir / "results.json").exists(), f"the end of {run_dir}")
+    require_same(run_dir, undisturbed)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert any(row["reliability"] for row in results["rows"])
+    assert len(list(run_dir.glob("forget-*/part-?-of-3.json"))) == 3 * len(list(run_dir.glob("forget-*")))
     assert {row["state"] for row in status(run_dir).values()} == {"done"}
-    assert "flearn status" in (run_dir.parent / "submit.log").read_text()
-    same = settings(run_dir.parent, *ZERO[stage], "cluster.forget_parts=3")
-    again = flearn("run", "configs/quickstart.yaml", "--on", "slurm", *same)
+    assert "flearn status" in log.read_text()
+    again = flearn("run", *arguments, "--on", "slurm")
     assert "nothing to submit" in again.stdout
 
 
-def test_on_local_gives_the_same(undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
-    assert figures(run(tmp_path, "local", *ZERO[2])) == figures(undisturbed(2))
+def test_on_local_gives_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    copy_before("forget", undisturbed, tmp_path / "quickstart")
+    require_same(run(tmp_path, "local", ONE_METHOD), undisturbed)
 
 
-def test_a_failing_stage_says_why_and_the_later_ones_are_cancelled(tmp_path: Path) -> None:
-    run_dir = run(tmp_path, "slurm", "teach.max_length=2")
+def test_a_failing_stage_says_why_and_the_later_ones_are_cancelled(undisturbed: Path, tmp_path: Path) -> None:
+    copy_before("teach", undisturbed, tmp_path / "quickstart")
+    run_dir = run(tmp_path, "slurm", ONE_METHOD, "teach.max_length=2")
     wait_until(lambda: not in_queue(run_dir), "the end of the chain")
     found = status(run_dir)
     assert found["teach"]["state"] == "failed"
@@ -104,7 +90,9 @@ def test_refused_is_one_line_and_leaves_nothing_in_the_queue(
 
 def test_a_sweep_shares_what_it_can(tmp_path: Path) -> None:
     methods = "methods=[full_ft,lora,flearn_ft,flearn_lora,flearn_lora_ft]"
-    run_dir = run(tmp_path, "slurm", methods, "forget.scale=0.1")
+    # Nothing is done before all is submitted.
+    halt = Halt(tmp_path / "halt", str(tmp_path / "quickstart/facts-*/manifest.json"))
+    run_dir = run(tmp_path, "slurm", methods, "forget.scale=0.1", halts=[halt])
     first = RunFolder(run_dir).jobs()
     run(tmp_path, "slurm", methods, "forget.scale=0.2")
     after = RunFolder(run_dir).jobs()

@@ -7,22 +7,20 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from dev_cluster import CLUSTER
 from halts import Halt, wait_until
 from slurm_chains import (
-    ZERO,
+    ONE_METHOD,
     copy_before,
-    digests,
-    figures,
     find_process,
     flearn,
-    learned,
     needs_slurm,
     num_steps,
+    require_same,
     run,
     settings,
     slurm,
@@ -35,19 +33,27 @@ from launch.run_folder import RunFolder
 pytestmark = needs_slurm
 
 
-class Disturbed:
-    """A chain whose `learn` has halted on rank 0, at its second checkpoint; rank 1 waits for it."""
+def checkpoint(runs: Path, number: int, **variables: str) -> Halt:
+    """Where rank 0 of `learn` is to complete its `number`-th checkpoint, in a job with these variables."""
+    folder = runs / f"halt-{number}-{'-'.join(variables.values())}"
+    return Halt(folder, str(runs / "quickstart/learn-*/checkpoints/*/complete.json"), number, **variables)
 
-    def __init__(self, reference: Path, runs: Path, site: Path, *site_lines: str) -> None:
+
+class Disturbed:
+    """A chain whose `learn` has halted on rank 0, where its second checkpoint is to be complete.
+
+    Rank 1 waits for rank 0, which goes on when a signal reaches it, or when it is let go.
+    """
+
+    def __init__(self, reference: Path, runs: Path, site_lines: Sequence[str], halts: Sequence[Halt]) -> None:
+        """`halts` are where it is to halt later."""
         self.runs, self.reference, self.run_dir = runs, reference, runs / "quickstart"
-        site.write_text("\n".join(site_lines) + "\n")
-        self.overrides = [*ZERO[2], f"cluster.site={site}"]
+        (runs / "site.yaml").write_text("\n".join(site_lines) + "\n")
+        self.overrides = [ONE_METHOD, f"cluster.site={runs / 'site.yaml'}"]
         copy_before("learn", reference, self.run_dir)
-        halt = Halt(runs / "halt", str(self.run_dir / "learn-*/checkpoints/*/complete.json"), number=2)
-        run(runs, "slurm", *self.overrides, halts=[halt])
-        halt.wait()
-        self.let_go = halt.let_go
-        """Let rank 0 go on. It also does when a signal reaches it."""
+        self.halt = checkpoint(runs, 2)
+        run(runs, "slurm", *self.overrides, halts=[self.halt, *halts])
+        self.halt.wait()
 
     def submit(self) -> None:
         run(self.runs, "slurm", *self.overrides)
@@ -62,9 +68,7 @@ class Disturbed:
         return find_process({f"{name}={value}".encode() for name, value in variables.items()})
 
     def warn_rank_1(self) -> None:
-        """Send the warning to rank 1 alone, and let rank 0 go on."""
         os.kill(self.pid(SLURM_PROCID="1"), signal.SIGUSR2)
-        self.let_go()
 
     def state(self) -> str:
         return slurm("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self.job}").strip()
@@ -77,8 +81,7 @@ class Disturbed:
     def ends_as_undisturbed(self) -> None:
         what = f"{self.state()} {status_text(self.run_dir)}"
         wait_until(lambda: (self.run_dir / "results.json").exists(), what)
-        assert figures(self.run_dir) == figures(self.reference)
-        assert learned(self.run_dir) == learned(self.reference)
+        require_same(self.run_dir, self.reference)
 
 
 def job_of(run_dir: Path, stage: str) -> tuple[str, str]:
@@ -88,37 +91,34 @@ def job_of(run_dir: Path, stage: str) -> tuple[str, str]:
 
 
 @pytest.fixture
-def disturb(undisturbed: Callable[[int], Path], tmp_path: Path) -> Callable[..., Disturbed]:
-    site = tmp_path / "site.yaml"
-    return lambda *lines: Disturbed(undisturbed(2), tmp_path, site, *(lines or ("partition: debug",)))
+def disturb(undisturbed: Path, tmp_path: Path) -> Callable[..., Disturbed]:
+    """`disturb(*lines_of_the_site, halts=[...])`."""
+    return lambda *lines, halts=(): Disturbed(undisturbed, tmp_path, lines or ["partition: debug"], halts)
 
 
-def test_requeued_by_an_operator(disturb: Callable[..., Disturbed]) -> None:
-    chain = disturb()
+def test_queued_again_four_times_it_ends_as_undisturbed(
+    disturb: Callable[..., Disturbed], tmp_path: Path
+) -> None:
+    """By an operator, for a job of higher priority, when one rank is warned, and before its time limit."""
+    again = [checkpoint(tmp_path, 1, SLURM_RESTART_COUNT=attempt) for attempt in ("1", "2", "3")]
+    saving = checkpoint(tmp_path, 2, SLURM_RESTART_COUNT="3")
+    site = ["partition: low", "minutes: 120", "warning_seconds: 1800"]
+    chain = disturb(*site, halts=[*again, saving])
     slurm("scontrol", "requeue", chain.job)
-    chain.ends_as_undisturbed()
-    assert chain.num_requeues() == 1
-
-
-def test_preempted_by_a_job_of_higher_priority(disturb: Callable[..., Disturbed]) -> None:
-    chain = disturb("partition: low")
+    again[0].wait()
     slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    chain.ends_as_undisturbed()
-    assert chain.num_requeues() == 1
-
-
-def test_time_limit(disturb: Callable[..., Disturbed]) -> None:
-    chain = disturb()
-    slurm("scontrol", "update", f"jobid={chain.job}", "timelimit=2")  # minutes: the job is warned at once
-    wait_until(lambda: chain.num_requeues() == 1, "its requeue")
-    chain.ends_as_undisturbed()
-
-
-def test_a_warning_to_one_rank_only(disturb: Callable[..., Disturbed]) -> None:
-    chain = disturb()
+    again[1].wait()
     chain.warn_rank_1()
-    wait_until(lambda: chain.num_requeues() == 1, "its requeue")
+    again[1].let_go()
+    again[2].wait()
+    slurm("scontrol", "update", f"jobid={chain.job}", "timelimit=29")  # minutes: it is to be warned 30 before
+    saving.wait()
+    slurm(
+        "scontrol", "update", f"jobid={chain.job}", "timelimit=120"
+    )  # or it would be warned again and again
+    saving.let_go()
     chain.ends_as_undisturbed()
+    assert chain.num_requeues() == 4
 
 
 def test_daemons_killed_and_restarted(disturb: Callable[..., Disturbed]) -> None:
@@ -132,7 +132,7 @@ def test_daemons_killed_and_restarted(disturb: Callable[..., Disturbed]) -> None
     assert refused.stderr.startswith("flearn: SLURM's controller does not answer")
     assert refused.stderr.count("\n") == 1
     subprocess.run([str(CLUSTER), "up"], check=True, timeout=300)
-    chain.let_go()
+    chain.halt.let_go()
     chain.ends_as_undisturbed()
 
 
@@ -151,23 +151,17 @@ def test_a_killed_rank_ends_its_step_and_the_same_command_goes_on(disturb: Calla
     chain.ends_as_undisturbed()
 
 
-@pytest.mark.parametrize("without", ["permission", "scontrol"])
-def test_a_job_that_cannot_come_back_says_so_and_the_same_command_goes_on(
-    disturb: Callable[..., Disturbed], without: str, tmp_path: Path
+def test_a_job_that_may_not_come_back_says_so_and_the_same_command_goes_on(
+    disturb: Callable[..., Disturbed],
 ) -> None:
-    """SLURM refuses to queue the job again, or there is no scontrol where it runs, as in most containers."""
-    if without == "permission":
-        chain = disturb()
-        said = "could not be queued again: run the same command again (Requested operation is presently dis"
-        slurm("scontrol", "update", f"jobid={chain.job}", "requeue=0")
-    else:
-        (tmp_path / "bin").mkdir()
-        (tmp_path / "bin/srun").symlink_to(str(shutil.which("srun")))
-        chain = disturb(f"setup: ['export PATH={tmp_path}/bin']")
-        said = "there is no scontrol in this container: run the same command again"
+    """SLURM refuses to queue it again. What it has saved is kept."""
+    chain = disturb()
+    slurm("scontrol", "update", f"jobid={chain.job}", "requeue=0")
     chain.warn_rank_1()
+    chain.halt.let_go()
     wait_until(lambda: chain.state() == "FAILED", "the end of the job")
     found = status(chain.run_dir)["learn"]
+    said = "could not be queued again: run the same command again (Requested operation is presently dis"
     assert found["state"] == "failed" and said in found["note"], found
     steps = num_steps(chain.runs)
     chain.submit()
@@ -175,13 +169,27 @@ def test_a_job_that_cannot_come_back_says_so_and_the_same_command_goes_on(
     assert f"resuming after step {steps}" in flearn("logs", str(chain.run_dir), "learn").stdout
 
 
+def test_a_job_in_a_container_without_scontrol_says_that_it_cannot_come_back(
+    disturb: Callable[..., Disturbed], tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srun").symlink_to(str(shutil.which("srun")))
+    chain = disturb(f"setup: ['export PATH={tmp_path}/bin']")
+    chain.warn_rank_1()
+    chain.halt.let_go()
+    wait_until(lambda: chain.state() == "FAILED", "the end of the job")
+    found = status(chain.run_dir)["learn"]
+    said = "there is no scontrol in this container: run the same command again"
+    assert found["state"] == "failed" and said in found["note"], found
+
+
 def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(
-    undisturbed: Callable[[int], Path], tmp_path: Path
+    undisturbed: Path, tmp_path: Path
 ) -> None:
     """The warned part comes back by itself; the killed one, alone, is done again by the same command."""
     run_dir = tmp_path / "quickstart"
-    copy_before("forget", undisturbed(2), run_dir)
-    overrides = [*ZERO[2], "cluster.forget_parts=3"]
+    copy_before("forget", undisturbed, run_dir)
+    overrides = [ONE_METHOD, "cluster.forget_parts=3"]
     # Where a part begins its log: it hears signals, and is not yet at work.
     log = str(run_dir / "forget-*/rank0.log")
     killed, warned = (Halt(tmp_path / f"halt-{part}", log, SLURM_ARRAY_TASK_ID=part) for part in ("1", "2"))
@@ -198,7 +206,6 @@ def test_an_array_with_a_part_that_is_killed_and_one_that_is_warned(
     again = job_of(run_dir, "forget")[1]
     assert again != job
     wait_until(lambda: (run_dir / "results.json").exists(), f"the end: {status_text(run_dir)}")
-    assert figures(run_dir) == figures(undisturbed(2))
-    assert digests(run_dir) == digests(undisturbed(2))
+    require_same(run_dir, undisturbed)
     jobs = slurm("sacct", "--noheader", "--allocations", "--format=JobID", f"--jobs={again}")
     assert jobs.split() == [again]  # no array: one part was left
