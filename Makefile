@@ -1,12 +1,14 @@
-# make quickstart: set up and run the whole thing; make test: every test; make check: format, lint, types; make bench: speed;
-# make slurm-up, slurm-down: a SLURM cluster on this machine; make image-test: the container image, built and tried (as root).
+# make quickstart: set up and run the whole thing; make check: format, lint, types; make bench: speed;
+# make test: every test; make test-quick: those that start no processes, in a minute;
+# make slurm-up, slurm-down: a SLURM cluster on this machine;
+# make image-test: the container image, built and tried (as root).
 # Everything happens inside .venv/; the tested versions of all dependencies are in constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-unit check bench setup slurm-up slurm-down image-test clean
+.PHONY: quickstart test test-quick check bench setup slurm-up slurm-down image-test clean
 
 quickstart: $(READY)
 	$(BIN)/flearn run configs/quickstart.yaml
@@ -14,8 +16,8 @@ quickstart: $(READY)
 test: $(READY)
 	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder
 
-test-unit: $(READY)
-	$(BIN)/pytest tests/unit
+test-quick: $(READY)
+	$(BIN)/pytest tests/unit -m 'not processes and not slow'
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -36,10 +38,13 @@ slurm-down:
 image-test:
 	@$(PYTHON) tests/image/check_image.py
 
-# torch comes first and by its exact version: left to resolve it, pip may pick another build, and deepspeed's setup looks for it.
+# torch comes first and by its exact version: left to resolve it, pip may pick another build. And deepspeed's
+# setup looks for it.
 $(READY): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "flearn needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 2; }
-	@echo "Installing flearn and the tested versions of what it needs into $(VENV), once; torch is the largest part."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "flearn needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	@echo "Installing flearn and the tested versions of what it needs into $(VENV), once."
+	@echo "torch is the largest part."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -181,6 +181,7 @@ def test_a_program_is_not_imported_by_its_package() -> None:
     assert not [module for module in seen if is_program(module)]
 
 
+@pytest.mark.processes
 def test_planning_imports_nothing_heavy() -> None:
     code = f"""
 import sys
@@ -194,6 +195,7 @@ sys.exit(code)
     assert "to do" in done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [None, 2, 3])
 def test_subtracting_imports_no_torch(tmp_path: Path, stage: int | None) -> None:
     """It takes as long to import as a gigabyte takes to subtract. An adapter's products alone need it; a ZeRO

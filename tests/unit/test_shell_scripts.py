@@ -1,6 +1,4 @@
-"""The project's shell scripts: clean for shellcheck, and an sbatch script started without sbatch says what to
-do.
-"""
+"""Shell scripts: shellcheck finds nothing, and an sbatch script that bash starts says what to do instead."""
 
 from __future__ import annotations
 
@@ -10,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [

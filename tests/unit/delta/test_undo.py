@@ -189,6 +189,7 @@ undo(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_size=10_000)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("folder", ["out", "tuned"])
 def test_an_undo_that_was_killed_goes_on_and_still_compares(tmp_path: Path, folder: str) -> None:
     base, tuned = write_large_pair(tmp_path, torch.bfloat16)

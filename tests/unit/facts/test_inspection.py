@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.facts.inspection import inspect, render
 
 ROOT = Path(__file__).parents[3]
@@ -60,6 +62,7 @@ def test_the_rendering_shows_it(tmp_path: Path) -> None:
     assert "old 1 -> new 1" in text
 
 
+@pytest.mark.processes
 def test_inspection_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "datasets", "numpy")
     code = f"""

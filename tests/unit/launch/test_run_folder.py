@@ -93,6 +93,7 @@ def test_only_one_may_work_in_a_run_and_others_see_that_it_does(tmp_path: Path) 
     assert not run_folder.is_alive()
 
 
+@pytest.mark.processes
 def test_a_process_that_inherits_the_lock_holds_it(tmp_path: Path) -> None:
     """So ranks that outlive their launcher keep the run to themselves."""
     run_folder = RunFolder(tmp_path)

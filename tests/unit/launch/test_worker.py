@@ -50,6 +50,7 @@ def raising(error: Exception) -> Callable[[], None]:
     return fail
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("work", "code"),
     [

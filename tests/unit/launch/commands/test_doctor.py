@@ -20,6 +20,7 @@ LLAMA2_7B = {
 }
 
 
+@pytest.mark.processes
 def test_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -33,6 +34,7 @@ def test_the_command(
     assert main(["doctor", "--set", "cluster.ranks=4"]) == 2
 
 
+@pytest.mark.processes
 def test_gpus_that_are_not_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B))
     root = Path(__file__).parents[4]

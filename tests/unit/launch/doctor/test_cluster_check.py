@@ -167,6 +167,7 @@ def test_the_controllers_settings(
     assert bool(rows[check].advice) == (state == "warn")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("scontrol", "said"),
     [("echo 'Slurmctld(primary) at head is DOWN'", "at head is DOWN"), (None, "scontrol: not found")],

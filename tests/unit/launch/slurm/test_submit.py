@@ -14,6 +14,7 @@ from pipeline.errors import InputError
 ROOT = Path(__file__).parents[4]
 
 
+@pytest.mark.processes
 def test_the_import_is_light() -> None:
     code = "import sys; from launch import submit; "
     code += "print(submit.__name__, {'torch', 'submitit', 'numpy'} & sys.modules.keys())"
@@ -31,6 +32,7 @@ def test_a_mistake_is_an_input_error_and_nothing_is_written(tmp_path: Path, over
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processes
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="has no SLURM"):
