@@ -20,6 +20,7 @@ from pipeline.config import Experiment
 from pipeline.evaluate.scores import METRICS, aggregate
 from pipeline.facts.fact import Fact, Probe, write_facts
 from pipeline.plan import Plan, Step, make_plan
+from pipeline.report import svg
 from pipeline.report.results import build
 
 METHODS = ["full_ft", "lora", "flearn_ft", "flearn_lora", "flearn_lora_ft"]
@@ -269,3 +270,9 @@ def make_results(write_run: WriteRun) -> MakeResults:
         return build(section, inputs)
 
     return make
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty: drawing them takes most of a page's time, and few tests look at them."""
+    monkeypatch.setattr(svg, "_draw", lambda width, height, paint: "<svg></svg>")

@@ -170,6 +170,7 @@ def test_scores_are_split_by_what_the_original_knew(results: Json, html: str) ->
         assert line[1:] == [percent(known[m]) for m in metrics] + [percent(unknown[m]) for m in metrics]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_split_where_the_original_knew_everything(make_results: MakeResults) -> None:
     html = page.render(make_results(num_records=3, **SMALL, minds={("original", None): (0.0, 1.0)}))
     assert "The original model knew all of the 3 old facts" in html
@@ -227,6 +228,7 @@ def test_missing_scores_are_dashes(write_run: WriteRun, missing: float | None) -
     assert not re.search(r"\b(nan|NaN|None|null|undefined)\b", shown(text))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_models_say_is_escaped(make_results: MakeResults) -> None:
     results = make_results(
         num_records=3,
@@ -377,6 +379,7 @@ def test_smaller_runs_have_a_page_and_a_table_too(make_results: MakeResults, run
     assert "Reliability" in render(results, 80)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unknown_methods_go_by_their_own_name(make_results: MakeResults) -> None:
     results = make_results(num_records=3, **SMALL)
     for part in ("rows", "curves", "methods", "comparisons"):

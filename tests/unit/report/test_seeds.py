@@ -84,6 +84,7 @@ def test_a_difference_over_seeds_is_noise_if_its_interval_holds_0(results: Json)
     assert found.is_noise == (abs(found.value) <= found.noise)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_says_how_many_seeds_and_shows_their_deviation(results: Json) -> None:
     html = page.render(results)
     text = " ".join(re.sub(r"<[^>]+>", " ", html).split())
@@ -96,6 +97,7 @@ def test_the_page_says_how_many_seeds_and_shows_their_deviation(results: Json) -
     assert "seed 1" in text, "a step of one seed says which"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_seeds_page_speaks_of_one(make_results: MakeResults) -> None:
     text = page.render(make_results(**RUN))
     assert "of which this run has one" in text and "over seeds" not in text and "those of seed" not in text
@@ -114,6 +116,7 @@ def test_two_seeds_are_few(make_results: MakeResults, results: Json) -> None:
     assert not any("seeds tell little" in text for text in results["warnings"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_time_is_a_mean_over_seeds(make_results: MakeResults, results: Json) -> None:
     one = make_results(**RUN)
     times = [
