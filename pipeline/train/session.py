@@ -39,6 +39,7 @@ class Session:
     def __init__(self, job: Job, context: Context) -> None:
         self._context = context
         self._settings = job.engine_settings
+        self._split = job.course.split
         plain = skeleton(job.folder)
         with ExitStack() as stack:
             stack.enter_context(process_state(job.ready))
@@ -86,6 +87,7 @@ class Session:
 
         Raises Preempted, after saving, when asked to stop.
         """
+        assert course.split == self._split, "the engine steps after as many micro-steps as its config says"
 
         def save(done: int) -> None:
             self.save(checkpoints, done, with_moments=done < course.num_steps)

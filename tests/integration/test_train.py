@@ -387,10 +387,7 @@ def test_the_deepspeed_monitor_gets_the_loss(world: World) -> None:
 
 def test_a_stop_is_obeyed_by_all_ranks_and_resumed_exactly(world: World) -> None:
     """With LoRA's dropout: the chances of every step are those of an undisturbed run too."""
-    assert [strip(step) for step in world.steps("dropout-stopped")] == [
-        strip(step) for step in world.steps("dropout")
-    ]
-    assert adapter(world, "dropout-stopped") == adapter(world, "dropout")
+    assert_same(world, "dropout-stopped", "dropout", "lora")
     assert world.losses("dropout") != pytest.approx(world.losses("lora-fp32-3"), abs=1e-4), (
         "there was no dropout"
     )
@@ -455,17 +452,8 @@ def test_kill_and_resume_equals_an_undisturbed_run_exactly(world: World) -> None
     kill(world, cases, "killed-lora", 2)
     kill(world, cases, "killed-lora", 3)
     world.run(cases, ranks=2)
-    for kind in ("full", "bf16", "lora"):
-        assert [strip(step) for step in world.steps(f"killed-{kind}")] == [
-            strip(step) for step in world.steps(f"long-{kind}")
-        ]
-    for kind in ("full", "bf16"):
-        weights = [
-            (world.folder / f"{how}-{kind}" / "model/model.safetensors").read_bytes()
-            for how in ("killed", "long")
-        ]
-        assert weights[0] == weights[1]
-    assert adapter(world, "killed-lora") == adapter(world, "long-lora")
+    for name, kind in (("full", "full"), ("bf16", "full"), ("lora", "lora")):
+        assert_same(world, f"killed-{name}", f"long-{name}", kind)
 
 
 def kill(world: World, cases: list[dict[str, Any]], name: str, number: int) -> None:
@@ -489,10 +477,6 @@ def assert_same(world: World, name: str, other: str, kind: str) -> None:
 
 def strip(step: Step) -> tuple[Any, ...]:
     return step.step, step.epoch, step.loss, step.lr, step.grad_norm, step.tokens
-
-
-def adapter(world: World, name: str) -> bytes:
-    return (world.folder / name / "adapter/adapter_model.safetensors").read_bytes()
 
 
 def records(world: World, model: str = "llama") -> list[Record]:
