@@ -7,11 +7,10 @@ master compared element by element, and every checkpoint's bytes, at ZeRO 1, 2 a
 from __future__ import annotations
 
 import gc
-import importlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -154,22 +153,7 @@ def _start_deepspeed() -> None:
     if not torch.cuda.is_available():
         # On a CPU DeepSpeed compiles an operator that training never calls, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _import_muon()
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-
-
-def _import_muon() -> None:
-    """Import the optimizer Muon without torch's compiler, which takes seconds to import.
-
-    DeepSpeed looks whether ours is a Muon. Muon's file has the compiler wrap functions that we never call.
-    """
-    compiler = torch.compile
-    torch.compile = lambda function, *_, **__: function  # type: ignore[assignment]
-    try:
-        with suppress(ImportError):  # older DeepSpeeds have none
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        torch.compile = compiler
 
 
 def _forget_zero3() -> None:
