@@ -36,7 +36,7 @@ class Cast:
         self.thread_bytes = stream.CHUNK_BYTES * widest // DTYPE_BYTES[dtype] + _BLOCK_BYTES * _BLOCK_ELEMENTS
 
     def read(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
-        """As `TensorSource.read`; each value is rounded once, to the nearest."""
+        """As `TensorSource.read`; values become float32, then the nearest of the stored dtype."""
         owner = self.aliases.get(name, name)
         dtype = self.tensors[owner].dtype
         if dtype == self._source.tensors[owner].dtype:

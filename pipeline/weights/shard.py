@@ -89,6 +89,7 @@ class Shard:
 
         In their order. Bytes before `len(header)` belong to none.
         """
+        assert first_byte < last_byte, (first_byte, last_byte)
         parts = []
         for i in range(max(0, bisect_right(self._begins, first_byte) - 1), len(self.tensors)):
             tensor, begin = self.tensors[i], self._begins[i]
