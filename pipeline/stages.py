@@ -36,27 +36,25 @@ class Stage:
     """Whether a method updates the original model by it: the report adds up these stages' time."""
 
 
+def _fine_tuning(version: int, label: str = "", is_update: bool = False) -> Stage:
+    """A stage that trains: all of them share one function, and what that asks for."""
+    return Stage(
+        "pipeline.train.stage:run",
+        version,
+        ranks="all",
+        job="ranks",
+        check="pipeline.train.job:plan_job",
+        needs="pipeline.train.training_needs:training_needs",
+        label=label,
+        is_update=is_update,
+    )
+
+
 STAGES: dict[str, Stage] = {
     "facts": Stage("pipeline.facts.stage:run", version=1, ranks="one", job="cpu"),
     "model": Stage("pipeline.models.stage:run", version=1, ranks="one", job="cpu"),
-    "teach": Stage(
-        "pipeline.train.stage:run",
-        version=1,
-        ranks="all",
-        job="ranks",
-        check="pipeline.train.job:plan_job",
-        needs="pipeline.train.training_needs:training_needs",
-    ),
-    "tune_old": Stage(
-        "pipeline.train.stage:run",
-        version=1,
-        ranks="all",
-        job="ranks",
-        check="pipeline.train.job:plan_job",
-        needs="pipeline.train.training_needs:training_needs",
-        label="FT-old",
-        is_update=True,
-    ),
+    "teach": _fine_tuning(version=1),
+    "tune_old": _fine_tuning(version=1, label="FT-old", is_update=True),
     # Its version goes up with ARITHMETIC_VERSION: a subtraction that an earlier version began cannot go on.
     "forget": Stage(
         "pipeline.delta.stage:run",
@@ -67,15 +65,7 @@ STAGES: dict[str, Stage] = {
         label="subtract",
         is_update=True,
     ),
-    "learn": Stage(
-        "pipeline.train.stage:run",
-        version=1,
-        ranks="all",
-        job="ranks",
-        check="pipeline.train.job:plan_job",
-        needs="pipeline.train.training_needs:training_needs",
-        is_update=True,
-    ),
+    "learn": _fine_tuning(version=1, is_update=True),
     "evaluate": Stage(
         "pipeline.evaluate.stage:run",
         version=1,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from subtract import timed, watch
+from subtract import run_command, timed, watch
 
 from pipeline.artifact import write_json
 
@@ -40,22 +40,9 @@ def main() -> None:
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     base, adapter = folder / "base", folder / "adapter"
     write_base_and_adapter(base, adapter, arguments)
-    command = [
-        sys.executable,
-        "-m",
-        "launch",
-        "delta",
-        "subtract",
-        "--base",
-        base,
-        "--tuned",
-        adapter,
-        "--scale",
-        "0.3",
-    ]
-    options = ["--out", folder / "out", "--dtype", arguments.dtype, "--memory", arguments.memory]
+    options = {"dtype": arguments.dtype, "memory": arguments.memory}
     _, bare = timed(lambda: watch([sys.executable, "-c", "import torch"]))
-    seconds, peak = timed(lambda: watch([*command, *options]))
+    seconds, peak = timed(lambda: run_command(base, adapter, folder / "out", options))
     return {"command_seconds": seconds, "command_peak_mib": peak, "import_torch_peak_mib": bare}
 
 

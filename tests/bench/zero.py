@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from subtract import require_mergekit, run_mergekit, timed, watch, write_model
+from subtract import require_mergekit, run_command, run_mergekit, timed, watch, write_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from zero_checkpoint import Checkpoint
@@ -64,23 +64,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     write_model(base, arguments.layers, 0)
     num_weights = write_checkpoint(base, checkpoint, arguments.stage, arguments.ranks)
     result: dict[str, object] = {"weights": num_weights, "stage": arguments.stage, "ranks": arguments.ranks}
-    command = [
-        sys.executable,
-        "-m",
-        "launch",
-        "delta",
-        "subtract",
-        "--base",
-        base,
-        "--tuned",
-        checkpoint,
-        "--scale",
-        "0.3",
-        "--out",
-        out,
-    ]
     _, bare = timed(lambda: watch([sys.executable, "-c", "import torch"]))
-    seconds, peak = timed(lambda: watch([*command, "--dtype", "bfloat16"]))
+    seconds, peak = timed(lambda: run_command(base, checkpoint, out, {"dtype": "bfloat16"}))
     result |= {"import_torch_peak_mib": bare, "subtract_seconds": seconds, "subtract_peak_mib": peak}
     if arguments.only_ours:
         return result

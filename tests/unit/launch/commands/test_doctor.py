@@ -6,18 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from model_configs import LLAMA2_7B
 
 from launch.cli import main
-
-LLAMA2_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.mark.processes

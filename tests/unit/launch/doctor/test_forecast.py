@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_configs import BLOOM_7B, GPT2_XL, LLAMA2_7B
 
 from launch.doctor import forecast
 from launch.doctor.capacity import Capacity
@@ -19,17 +20,6 @@ from pipeline.needs import ModelSize
 
 GB = 10**9
 
-LLAMA2_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
-GPT2_XL = {"model_type": "gpt2", "n_embd": 1600, "n_head": 25, "n_layer": 48, "vocab_size": 50257}
-BLOOM_7B = {"model_type": "bloom", "hidden_size": 4096, "n_head": 32, "n_layer": 30, "vocab_size": 250880}
 GEMMA3 = {
     "model_type": "gemma3",
     "text_config": {
